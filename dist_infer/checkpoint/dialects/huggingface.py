@@ -1,0 +1,18 @@
+"""Hugging Face's own names, plain or below a prefix (accelerate and most FSDP scripts write `model.`)."""
+
+from __future__ import annotations
+
+from dist_infer.checkpoint.dialects.dialect import Dialect, Mapping
+from dist_infer.model.config import ModelConfig
+
+
+class HuggingFace(Dialect):
+    """Canonical names are these."""
+
+    name = "huggingface"
+    embedding = "model.embed_tokens.weight"
+    witness = "model.layers.0.self_attn.o_proj.weight"
+
+    def map(self, name: str, config: ModelConfig) -> Mapping:
+        """The name below the prefix."""
+        return Mapping(self.prefix + name)

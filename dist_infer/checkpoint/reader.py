@@ -1,0 +1,226 @@
+"""Makes planned reads: in file order, with several threads, through little memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+
+from dist_infer.checkpoint.plan import Read
+from dist_infer.checkpoint.sources.archive import find_elements
+from dist_infer.checkpoint.sources.source import ITEM_SIZES, Chunk
+
+STAGING = 8 << 20  # bytes a thread reads at once, and all it holds besides the weights themselves
+_DENSE = 0.98  # the least part of a span that must be wanted for the span to be read in one go
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load cost.
+
+    Attributes:
+        bytes_requested: Bytes asked of the files, headers included.
+        bytes_held: Bytes the rank's weights take as they are stored.
+        seconds: How long it took.
+    """
+
+    bytes_requested: int
+    bytes_held: int
+    seconds: float
+
+
+class Batch(NamedTuple):
+    """What one thread does at once, at most `STAGING` bytes.
+
+    Attributes:
+        reads: Of one chunk. With `span` given they lie within it; else there is one, read run by run.
+        span: (start, stop) in elements from the chunk's first element, read in one go.
+    """
+
+    reads: tuple[Read, ...]
+    span: tuple[int, int] | None
+
+
+def read_all(
+    root: Path,
+    reads: Iterable[Read],
+    destinations: Mapping[str, torch.Tensor],
+    threads: int,
+    progress: Callable[[int], None] | None = None,
+) -> LoadReport:
+    """Fill `destinations` by making `reads`.
+
+    Args:
+        root: The checkpoint's directory.
+        reads: What to read.
+        destinations: Contiguous tensors on any device, by parameter; other dtypes are converted to.
+        threads: How many threads read.
+        progress: Told the bytes of each finished batch, one call at a time.
+
+    Raises:
+        ValueError: A file ends early or an item in it is not what the index says.
+        OSError: A file cannot be read.
+    """
+    reads = list(reads)
+    job = _Job(root, deque(batches(reads)), destinations, progress)
+    start = time.perf_counter()
+    with ThreadPoolExecutor(threads, "reader") as pool:
+        for done in [pool.submit(job.work) for _ in range(threads)]:
+            done.result()
+    return LoadReport(job.bytes_requested, sum(read.bytes for read in reads), time.perf_counter() - start)
+
+
+def batches(reads: Iterable[Read]) -> Iterator[Batch]:
+    """`reads` in file order, cut and joined so that each batch is one sequential read or one strided one."""
+    parts = (part for read in reads for part in _split(read))
+    ordered = sorted(parts, key=lambda read: (read.chunk.file, read.chunk.offset, read.start))
+    for _, of_chunk in groupby(ordered, key=lambda read: (read.chunk.file, read.chunk.offset)):
+        group: list[Read] = []
+        low = high = 0
+        for read in of_chunk:
+            stop = _stop(read)
+            if group and (read.start > high or (max(high, stop) - low) * ITEM_SIZES[read.dtype] > STAGING):
+                yield from _close(group, low, high)
+                group = []
+            low, high = (low, max(high, stop)) if group else (read.start, stop)
+            group.append(read)
+        yield from _close(group, low, high)
+
+
+def _stop(read: Read) -> int:
+    return read.start + (read.runs - 1) * read.stride + read.length
+
+
+def _close(group: list[Read], low: int, high: int) -> Iterator[Batch]:
+    if sum(read.elements for read in group) >= _DENSE * (high - low):
+        yield Batch(tuple(group), (low, high))
+    else:
+        for read in group:
+            yield Batch((read,), (read.start, _stop(read)) if read.runs == 1 else None)
+
+
+def _split(read: Read) -> Iterator[Read]:
+    """`read` in parts whose elements fit the staging buffer, and a run that does not fit by itself."""
+    room = STAGING // ITEM_SIZES[read.dtype]
+    if read.elements <= room:
+        yield read
+    elif read.length > room:
+        for run in range(read.runs):
+            for at in range(0, read.length, room):
+                start, destination = read.start + run * read.stride + at, read.destination + run * read.step + at
+                length = min(room, read.length - at)
+                yield read._replace(start=start, destination=destination, length=length, stride=length, step=length, runs=1)
+    else:
+        runs = room // read.length
+        for run in range(0, read.runs, runs):
+            start, destination = read.start + run * read.stride, read.destination + run * read.step
+            yield read._replace(start=start, destination=destination, runs=min(runs, read.runs - run))
+
+
+class _Job:
+    """One load, worked on by several threads."""
+
+    def __init__(
+        self, root: Path, todo: deque[Batch], destinations: Mapping[str, torch.Tensor], progress: Callable[[int], None] | None
+    ) -> None:
+        self.root, self.todo, self.progress = root, todo, progress
+        self.flat = {name: tensor.detach().view(-1) for name, tensor in destinations.items()}
+        self.bytes_requested = 0
+        self.lock = Lock()
+        self.found: dict[tuple[str, int], int] = {}  # (file, offset) of an archive to its first element
+
+    def work(self) -> None:
+        """Do batches until none is left; a failure ends all threads."""
+        staging = torch.empty(STAGING, dtype=torch.uint8)
+        file, fd = "", -1
+        try:
+            while self.todo:
+                try:
+                    batch = self.todo.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                if batch.reads[0].chunk.file != file:
+                    if fd >= 0:
+                        os.close(fd)
+                    file = batch.reads[0].chunk.file
+                    fd = os.open(self.root / file, os.O_RDONLY)
+                self._do(fd, batch, staging)
+        except BaseException:
+            self.todo.clear()
+            raise
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def _do(self, fd: int, batch: Batch, staging: torch.Tensor) -> None:
+        chunk, dtype = batch.reads[0].chunk, batch.reads[0].dtype
+        size = ITEM_SIZES[dtype]
+        base, requested = self._first_element(fd, chunk, dtype)
+        if batch.span is None:
+            (read,) = batch.reads
+            buffer = staging.numpy().data
+            for run in range(read.runs):
+                at = run * read.length * size
+                _fill(fd, buffer[at : at + read.length * size], base + (read.start + run * read.stride) * size, chunk)
+            requested += read.bytes
+            stored = staging[: read.bytes].view(getattr(torch, dtype)).view(read.runs, read.length)
+            self._runs(read).copy_(stored)
+        else:
+            low, high = batch.span
+            requested += (high - low) * size
+            direct = self._direct(batch)
+            target = staging[: (high - low) * size] if direct is None else direct.view(torch.uint8)
+            _fill(fd, target.numpy().data, base + low * size, chunk)
+            if direct is None:
+                stored = target.view(getattr(torch, dtype))
+                for read in batch.reads:
+                    self._runs(read).copy_(stored.as_strided((read.runs, read.length), (read.stride, 1), read.start - low))
+        with self.lock:
+            self.bytes_requested += requested
+            if self.progress is not None:
+                self.progress(requested)
+
+    def _first_element(self, fd: int, chunk: Chunk, dtype: str) -> tuple[int, int]:
+        """Where the chunk's first element lies in its file, and the bytes read to find out."""
+        if chunk.codec == "raw":
+            return chunk.offset, 0
+        found = self.found.get((chunk.file, chunk.offset))
+        if found is not None:
+            return found, 0
+        try:
+            found, requested = find_elements(fd, chunk, dtype)
+        except ValueError as error:
+            raise ValueError(f"{self.root}/{error}") from error
+        self.found[chunk.file, chunk.offset] = found
+        return found, requested
+
+    def _runs(self, read: Read) -> torch.Tensor:
+        """The [runs, length] elements that `read` fills."""
+        flat = self.flat[read.parameter]
+        return flat.as_strided((read.runs, read.length), (read.step, 1), flat.storage_offset() + read.destination)
+
+    def _direct(self, batch: Batch) -> torch.Tensor | None:
+        """The elements the batch fills, when bytes can go there as they are read."""
+        read = batch.reads[0]
+        flat = self.flat[read.parameter]
+        if len(batch.reads) > 1 or read.runs > 1 or flat.device.type != "cpu" or flat.dtype != getattr(torch, read.dtype):
+            return None
+        return flat[read.destination : read.destination + read.length]
+
+
+def _fill(fd: int, buffer: memoryview, offset: int, chunk: Chunk) -> None:
+    """Read the bytes at `offset` into all of `buffer`."""
+    while buffer:
+        count = os.preadv(fd, [buffer], offset)
+        if count == 0:
+            raise ValueError(f"{chunk.file}: ends at byte {offset:,}, in the middle of a weight; it changed while it was read")
+        buffer, offset = buffer[count:], offset + count

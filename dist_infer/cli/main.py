@@ -1,0 +1,60 @@
+"""The program: finds the subcommand and says in one line what went wrong."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "generate": "continue prompts, on the terminal or from a file",
+    "chat": "a conversation in the terminal",
+    "score": "how likely continuations are",
+    "inspect": "what a checkpoint is, and what each rank would read and hold",
+}
+HIDDEN = ("worker",)  # started by rank 0, not by people
+
+MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status: 2 for a user's mistake, 1 for a failure."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"dist-infer {version('dist_infer')}")
+        return 0
+    command, *rest = arguments
+    if command not in (*COMMANDS, *HIDDEN):
+        return _complain(f"{command!r} is no command; the commands are {', '.join(COMMANDS)}", MISTAKE)
+    if "-h" in rest or "--help" in rest:
+        from dist_infer.cli.usage import describe_options
+
+        print(describe_options(command, COMMANDS.get(command, "")))
+        return 0
+    try:
+        return importlib.import_module(f"dist_infer.cli.{command}").run(rest)
+    except (ValueError, OSError) as error:
+        return _complain(str(error), MISTAKE)
+    except RuntimeError as error:
+        return _complain(str(error), FAILURE)
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+
+
+def _complain(message: str, status: int) -> int:
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(f"dist-infer: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return status
+
+
+def _usage() -> str:
+    lines = ["usage: dist-infer COMMAND [--config FILE.yaml] [key=value ...]", "", "Text and scores from a sharded checkpoint, where it lies.", ""]
+    lines += [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
+    lines += ["", "dist-infer COMMAND --help lists every option. Example:", "  dist-infer generate model.path=runs/step_50000 parallel.tp=2 'prompts=[\"Hello\"]'"]
+    return "\n".join(lines)

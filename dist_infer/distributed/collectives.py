@@ -1,0 +1,144 @@
+"""What ranks say to each other, behind one small interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Communicator(ABC):
+    """Collectives over one group of ranks; every rank of the group makes the same calls in the same order.
+
+    Attributes:
+        rank: Index of this rank in the group.
+        size: Ranks in the group.
+    """
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum the contiguous `tensor` over the ranks, in place; every rank gets the same bits. Returns it."""
+
+    @abstractmethod
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Overwrite the contiguous `tensor` with group rank `source`'s, in place. Returns it."""
+
+    @abstractmethod
+    def gather(self, tensor: Tensor, target: int = 0) -> list[Tensor] | None:
+        """Every rank's `tensor` (same shape and dtype) on group rank `target`; None elsewhere."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Return once every rank has come here."""
+
+    @abstractmethod
+    def abort(self, error: Exception) -> None:
+        """Make the call in progress, and every later one, raise `error`. Called from another thread."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what this communicator holds."""
+
+
+class SingleRank(Communicator):
+    """A group of one: nothing to say."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum of one tensor is itself."""
+        return tensor
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Nobody else to send to."""
+        return tensor
+
+    def gather(self, tensor: Tensor, target: int = 0) -> list[Tensor] | None:
+        """A copy, as elsewhere."""
+        return [tensor.clone()]
+
+    def barrier(self) -> None:
+        """Everyone is here."""
+
+    def abort(self, error: Exception) -> None:
+        """Nothing waits."""
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class ProcessGroup(Communicator):
+    """A torch process group: gloo or NCCL."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Use `group`, which this communicator owns, for tensors on `device`."""
+        self.rank, self.size = group.rank(), group.size()
+        self.group = group
+        self._device = device
+        self._backend = group._get_backend(device)
+        self._gloo = self._backend.name() == "gloo"
+        self._error: Exception | None = None
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Each element is summed on one rank and sent to the others, so all have the same bits."""
+        # gloo rounds to the tensor's type after every rank.
+        half = self._gloo and self.size > 2 and tensor.dtype in (torch.bfloat16, torch.float16)
+        with self._aborting():
+            if half:
+                total = tensor.float()
+                dist.all_reduce(total, group=self.group)
+                tensor.copy_(total)
+            else:
+                dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Overwrite with `source`'s."""
+        with self._aborting():
+            dist.broadcast(tensor, group=self.group, group_src=source)
+        return tensor
+
+    def gather(self, tensor: Tensor, target: int = 0) -> list[Tensor] | None:
+        """Collect on `target`."""
+        # gloo gathers on the CPU only.
+        sent = tensor.cpu() if self._gloo else tensor
+        parts = [torch.empty_like(sent) for _ in range(self.size)] if self.rank == target else None
+        with self._aborting():
+            dist.gather(sent, parts, group=self.group, group_dst=target)
+        return None if parts is None else [part.to(tensor.device) for part in parts]
+
+    def barrier(self) -> None:
+        """Wait for everyone."""
+        with self._aborting():
+            dist.barrier(group=self.group)
+
+    def abort(self, error: Exception) -> None:
+        """NCCL stops at once; gloo when a peer's connection closes, as those of ranks that leave do."""
+        self._error = error
+        if not self._gloo:
+            self._backend.abort()
+
+    def close(self) -> None:
+        """Destroy the group, unless its world is gone already."""
+        if dist.is_initialized():
+            dist.destroy_process_group(self.group)
+
+    @contextmanager
+    def _aborting(self) -> Iterator[None]:
+        """Raise the error given to `abort` instead of what the backend makes of it."""
+        if self._error:
+            raise self._error
+        try:
+            yield
+        except RuntimeError as error:
+            if self._error:
+                raise self._error from error
+            raise

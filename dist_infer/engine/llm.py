@@ -1,0 +1,187 @@
+"""The Python face: a model that generates, streams, scores and chats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from dist_infer.checkpoint.dialects import find_dialect
+from dist_infer.config.options import Options, read_options
+from dist_infer.config.sampling import SamplingParams
+from dist_infer.engine.blueprint import Blueprint
+from dist_infer.engine.engine import Delta
+from dist_infer.engine.intake import Intake, Prompt
+from dist_infer.engine.request import Request, Result
+from dist_infer.engine.session import Session
+from dist_infer.model.config import ModelConfig
+from dist_infer.model.families import from_hf
+from dist_infer.model.weights import describe
+
+# What wrappers put into parameter names: torch.compile, activation checkpointing, DataParallel.
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "module.")
+
+
+class LLM:
+    """A model on all its ranks.
+
+    In a plain Python process or notebook this process is rank 0 and starts the other ranks itself.
+    Under torchrun or srun every rank runs the same script and makes the same calls; the conductor
+    (rank 0) gets the results, the others an empty list.
+
+    Args:
+        path: Checkpoint directory, or a Hugging Face id in the local cache.
+        tp: Ranks that cut heads, ffn and vocabulary.
+        fsdp: Ranks that cut the parameters again, each with its part of the batch.
+        replicas: Copies of the model that share the requests.
+        overrides: Any further options, as on the command line: `["engine.block_size=32", "model.dtype=float32"]`.
+        options: All options, instead of the above.
+        say: Prints a line of progress; silent by default.
+
+    Raises:
+        ValueError, OSError: A mistake in the arguments, or the checkpoint is not as it should be.
+        RankFailure: A rank failed.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        *,
+        tp: int | None = None,
+        fsdp: int | None = None,
+        replicas: int | None = None,
+        overrides: Sequence[str] = (),
+        options: Options | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        if options is None:
+            options = read_options(overrides)
+            options.model.path = str(path) if path is not None else options.model.path
+            parallel = options.parallel
+            parallel.tp, parallel.fsdp, parallel.replicas = tp or parallel.tp, fsdp or parallel.fsdp, replicas or parallel.replicas
+        self._start(Session(options, lambda: Blueprint.of(options), scripted=True, say=say))
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        config: ModelConfig | None = None,
+        *,
+        tokenizer: Any = None,
+        tp: int | None = None,
+        fsdp: int | None = None,
+        replicas: int | None = None,
+        overrides: Sequence[str] = (),
+    ) -> LLM:
+        """An LLM around the weights of a model in memory, such as one in FSDP2 training; every rank of the job calls this.
+
+        The weights are copied as they are now; the model, its gradients and torch's random state are left alone.
+
+        Args:
+            model: The module, its parameters plain tensors or DTensors, named as any known dialect names them.
+            config: Its architecture; default: `model.config`, a transformers configuration.
+            tokenizer: A transformers tokenizer, for text.
+            tp, fsdp, replicas: The mesh; it may differ from the one the model is trained on.
+            overrides: Further options.
+
+        Raises:
+            ValueError: The parameters do not match the configuration.
+        """
+        options = read_options(overrides)
+        options.parallel.tp, options.parallel.fsdp, options.parallel.replicas = tp, fsdp, replicas
+        config = config or from_hf(model.config)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        tensors = {_plain_name(name): parameter for name, parameter in model.named_parameters()}
+        dialect = find_dialect(tensors.keys(), options.model.dialect)
+        canonical: dict[str, Callable[[], Tensor]] = {}
+        for weight in describe(config):
+            for piece in weight.pieces:
+                mapping = dialect.map(piece.name, config)
+                if mapping.tensor in tensors:
+                    rows = [row for part in mapping.rows(0, piece.shape[0]) for row in range(part.stored, part.stored + part.step * part.length, part.step)]
+                    canonical[piece.name] = _whole(tensors[mapping.tensor], rows if mapping.pairs else None)
+        if options.model.dtype == "auto":
+            options.model.dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        llm = cls.__new__(cls)
+        llm._start(Session(options, lambda: Blueprint.around(options, config, tokenizer=tokenizer), scripted=True, weights=canonical))
+        return llm
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None) -> list[Result]:
+        """Continue every prompt: texts, lists of token ids, or chats (lists of messages); results in their order."""
+        return self._run([self._intake.request(p, sampling, index=i) for i, p in enumerate(_several(prompts))] if self._intake else [])
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[Delta | Result]:
+        """Continue one prompt, handing on each token as it is decided, and last the result.
+
+        On ranks other than the conductor the iterator is empty, and must be run through all the same.
+        """
+        if self._intake is None:
+            self._session.serve()
+            return
+        yield from self._session.stream(self._intake.request(prompt, sampling))
+
+    def score(self, pairs: Sequence[tuple[str | Sequence[int], str | Sequence[int]]]) -> list[Result]:
+        """How likely each continuation is after its context, both text or both token ids."""
+        return self._run([self._intake.score(*pair, index=i) for i, pair in enumerate(pairs)] if self._intake else [])
+
+    def chat(self, messages: Sequence[dict[str, Any]], sampling: SamplingParams | None = None) -> Result | None:
+        """The answer to a chat; None on ranks other than the conductor."""
+        results = self.generate([list(messages)], sampling)
+        return results[0] if results else None
+
+    def close(self) -> None:
+        """Free the ranks and their memory; every rank calls this."""
+        if not self._closed:
+            self._closed = True
+            self._session.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and not self._closed:
+            self._closed = True
+            self._session.close(error)
+        self.close()
+
+    def _start(self, session: Session) -> None:
+        self._session = session
+        self._closed = False
+        self._intake = Intake(session.blueprint) if session.is_conductor else None
+
+    def _run(self, requests: list[Request]) -> list[Result]:
+        if self._intake is None:
+            self._session.serve()
+            return []
+        found: list[Result] = []
+        self._session.run(requests, lambda _, results: found.extend(results))
+        return sorted(found, key=lambda result: result.index)
+
+
+def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """A list of prompts, of what may be a single one."""
+    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | dict))
+    return [prompts] if single else prompts  # type: ignore[list-item,return-value]
+
+
+def _plain_name(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _whole(parameter: Tensor, rows: list[int] | None) -> Callable[[], Tensor]:
+    """Makes the whole tensor, its rows in canonical order; collective when it is sharded."""
+
+    def make() -> Tensor:
+        with torch.no_grad():
+            tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+            return tensor if rows is None else tensor[rows]
+
+    return make

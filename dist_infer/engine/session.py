@@ -1,0 +1,370 @@
+"""A running model: this rank's part of it, from the first check to the last step."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from dist_infer.checkpoint.shard import ModelShard
+from dist_infer.config.options import Options
+from dist_infer.distributed.launch import RankVariables
+from dist_infer.distributed.mesh import Mesh, MeshShape, choose_mesh
+from dist_infer.distributed.world import World
+from dist_infer.engine.blocks import BlockAllocator
+from dist_infer.engine.blueprint import Blueprint
+from dist_infer.engine.engine import Delta, Engine
+from dist_infer.engine.memory import KVPlan, free_bytes
+from dist_infer.engine.request import Request, Result
+from dist_infer.engine.runner import Runner
+from dist_infer.engine.scheduler import RopeRules, Scheduler
+from dist_infer.engine.shared_work import SharedWork
+from dist_infer.model.attention import KVCache
+
+Sink = Callable[[list[Delta], list[Result]], None]
+USER_ERRORS = (ValueError, OSError)
+
+
+class Session:
+    """One rank of a running model.
+
+    Every rank makes one. The conductor then calls `run`; the others call `serve`, which returns when
+    the conductor's call is over (`scripted`) or the session closes.
+
+    Args:
+        options: What the user set.
+        blueprint: Makes the blueprint; called once the ranks can tell each other of its errors.
+        scripted: All ranks run the same program, call by call; else they serve until the end.
+        say: Prints a line for the user; called on the conductor only.
+        check: Further cheap checks, made on the conductor before anything expensive.
+        weights: Whole tensors in memory, by canonical name, instead of a checkpoint.
+
+    Raises:
+        ValueError, OSError: A user's mistake; on every rank the same.
+        RankFailure: A rank failed.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        blueprint: Callable[[], Blueprint],
+        scripted: bool = False,
+        say: Callable[[str], None] | None = None,
+        check: Callable[[Blueprint], None] | None = None,
+        weights: Mapping[str, Callable[[], Tensor]] | None = None,
+    ) -> None:
+        self.options, self.scripted = options, scripted
+        self._say = say or (lambda line: None)
+        self.world, self.blueprint, shape, why = self._meet(blueprint, check)
+        try:
+            self.mesh = Mesh(self.world, shape, options.parallel)
+            if self.is_conductor:
+                self._say(why)
+            self._load(weights)
+        except BaseException as error:
+            self._leave(error)
+            raise
+
+    @property
+    def is_conductor(self) -> bool:
+        """Whether this rank owns the requests."""
+        return self.world.rank == 0
+
+    def run(self, requests: list[Request], sink: Sink) -> None:
+        """Run `requests` on all replicas (on the conductor); `sink` gets deltas of its own replica and results of all.
+
+        Raises:
+            RankFailure: A rank failed.
+        """
+        assert self.engine is not None
+        with self._guarded():
+            self.engine.resume()
+            if self.work is None:
+                self.engine.run(iter(requests), sink)
+            else:
+                self._run_shared(requests, sink)
+            self._end_call()
+
+    def stream(self, request: Request) -> Iterator[Delta | Result]:
+        """Run one request on the conductor's own replica, handing on every delta; ends with its result."""
+        assert self.engine is not None
+        with self._guarded():
+            self.engine.resume()
+            if self.work is not None:
+                self.work.publish([])
+            try:
+                refused = self.engine.submit(request)
+                if refused is not None:
+                    yield refused
+                while self.engine.busy:
+                    deltas, results = self.engine.step()
+                    yield from deltas
+                    yield from results
+            finally:
+                self.engine.cancel(request)
+                self._end_call()
+
+    def serve(self) -> None:
+        """Do this rank's part (on all ranks but the conductor) of one call (scripted), or of all until the end.
+
+        Raises:
+            RankFailure: A rank failed.
+        """
+        with self._guarded():
+            if self.engine is None:
+                self.runner.follow()
+                return
+            assert self.work is not None
+            while self.work.await_call():
+                self.engine.resume()
+                self.engine.run(self.work.take(), lambda _, results: self.work.deliver(results) if self.work else None)
+                self._end_call()
+                if self.scripted:
+                    return
+            self.engine.close()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End the session; every rank calls this. With `error` the workers leave with it."""
+        self._leave(error)
+
+    def provenance(self) -> dict[str, Any]:
+        """What made a result: checkpoint, configuration, topology and versions."""
+        checkpoint, shape = self.blueprint.checkpoint, self.mesh.shape
+        return {
+            "checkpoint": str(checkpoint.path) if checkpoint is not None else None,
+            "identity": checkpoint.identity if checkpoint is not None else None,
+            "topology": {"replicas": shape.replicas, "fsdp": shape.fsdp, "tp": shape.tp, "device": self.world.device.type},
+            "dtype": str(self.blueprint.dtype).removeprefix("torch."),
+            "options": {key: value for key, value in self.options.to_json().items() if key not in ("prompts", "input", "output", "system")},
+            "versions": {name: importlib.metadata.version(name) for name in ("dist_infer", "torch", "transformers")}
+            | {"python": platform.python_version()},
+        }
+
+    def summary(self) -> str:
+        """One line: parameters, topology, bytes read and GB/s, prefill and decode tokens/s (of the conductor's replica)."""
+        assert self.engine is not None
+        s, shape = self.engine.statistics, self.mesh.shape
+        parts = [
+            f"{_count(self.blueprint.parameters)} parameters",
+            f"replicas={shape.replicas} fsdp={shape.fsdp} tp={shape.tp} on {self.world.device.type}",
+        ]
+        if self.read_seconds:
+            parts.append(f"read {_bytes(self.read_bytes)} at {self.read_bytes / self.read_seconds / 1e9:.2f} GB/s")
+        if s.prefill_seconds:
+            parts.append(f"prefill {s.prefill_tokens / s.prefill_seconds:,.0f} tokens/s")
+        if s.decode_seconds:
+            parts.append(f"decode {s.decode_tokens / s.decode_seconds:,.0f} tokens/s")
+        return " | ".join(parts)
+
+    def _meet(
+        self, make: Callable[[], Blueprint], check: Callable[[Blueprint], None] | None
+    ) -> tuple[World, Blueprint, MeshShape, str]:
+        """Check all that is cheap and meet the other ranks, in whichever order lets everyone hear of a mistake."""
+        options = self.options
+        found: tuple[Blueprint, MeshShape, str] | None = None
+        size, command = None, None
+        if RankVariables.read() is None and not dist.is_initialized():
+            found = self._check(make, check, None, 1, conductor=True)
+            size, command = found[1].size, [sys.executable, "-m", "dist_infer", "worker", json.dumps(options.to_json())]
+        world = World.join(options.parallel, options.device, size, command, may_exit=not self.scripted)
+        try:
+            error: str | None = None
+            try:
+                found = found or self._check(make, check, world.size, world.local_size, conductor=world.rank == 0)
+            except USER_ERRORS as mistake:
+                error = str(mistake)
+            errors = world.exchange("checks", error)
+        except BaseException:
+            world.close(failed=True)
+            raise
+        wrong = next(((rank, text) for rank, text in enumerate(errors) if text is not None), None)
+        if wrong is not None:
+            world.close()
+            rank, text = wrong
+            raise ValueError(text if rank == 0 else f"rank {rank}: {text}")
+        assert found is not None
+        return world, *found
+
+    def _check(
+        self,
+        make: Callable[[], Blueprint],
+        check: Callable[[Blueprint], None] | None,
+        world_size: int | None,
+        ranks_per_node: int,
+        conductor: bool,
+    ) -> tuple[Blueprint, MeshShape, str]:
+        """All that can be known before ranks meet or weights are read."""
+        blueprint = make()
+        shape, why = self._shape(blueprint, world_size, ranks_per_node)
+        if conductor and check is not None:
+            check(blueprint)
+        return blueprint, shape, why
+
+    def _shape(self, blueprint: Blueprint, world_size: int | None, ranks_per_node: int) -> tuple[MeshShape, str]:
+        options = self.options
+        model_bytes = blueprint.parameters * blueprint.dtype.itemsize
+        on_gpu = options.device != "cpu" and torch.cuda.is_available()
+        device = torch.device("cuda" if on_gpu else "cpu")
+        shape, why = choose_mesh(
+            options.parallel,
+            world_size,
+            ranks_per_node,
+            heads=blueprint.config.heads,
+            model_bytes=model_bytes,
+            free_bytes_per_rank=free_bytes(device, ranks_per_node),
+            accelerators=torch.cuda.device_count() if on_gpu else 0,
+        )
+        self._plan_kv(blueprint, shape, free_bytes(device, 1))  # too little memory is said before a weight is read
+        return shape, why
+
+    def _plan_kv(self, blueprint: Blueprint, shape: MeshShape, free: int) -> KVPlan:
+        return KVPlan.make(
+            blueprint.config, shape.tp, shape.fsdp, blueprint.dtype, self.options.engine, blueprint.max_model_len, free
+        )
+
+    def _load(self, weights: Mapping[str, Callable[[], Tensor]] | None) -> None:
+        """Weights, KV cache, and on the leader the engine."""
+        blueprint, options, device = self.blueprint, self.options, self.world.device
+        shard = ModelShard(blueprint.config, self.mesh, blueprint.dtype, device)
+        began = time.perf_counter()
+        requested = 0
+        if weights is not None:
+            shard.take(weights)
+        else:
+            assert blueprint.checkpoint is not None
+            total = sum(tensor.numel() for tensor in shard.destinations().values())
+            with self._progress(total, "loading") as bar:
+                report = shard.load(blueprint.checkpoint, options.loader, bar.update)
+            requested = report.bytes_requested
+        if options.engine.pack_weights:
+            shard.pack()
+        # The slowest rank's time counts for all.
+        loads = self.world.exchange("loaded", [requested, time.perf_counter() - began])
+        self.read_bytes, self.read_seconds = sum(load[0] for load in loads), max(load[1] for load in loads) if weights is None else 0.0
+        free = min(self.world.exchange("free memory", free_bytes(device, self.world.local_size)))
+        plan = self._plan_kv(blueprint, self.mesh.shape, free)
+        if self.is_conductor:
+            self._say(plan.note)
+            if plan.max_model_len < blueprint.max_model_len:
+                self._say(f"sequences are limited to {plan.max_model_len:,} tokens by memory; the model takes {blueprint.max_model_len:,}")
+        config, limits = blueprint.config, options.engine
+        kv_heads = shard.decoder.blocks[0].attention.kv_heads  # type: ignore[union-attr]
+        cache = KVCache(config.layers, plan.blocks, kv_heads, limits.block_size, config.head_dim, blueprint.dtype, device)  # type: ignore[arg-type]
+        self.shard = shard
+        self.runner = Runner(self.mesh, shard.decoder, cache, limits, plan.max_model_len)
+        self.engine: Engine | None = None
+        self.work: SharedWork | None = None
+        if self.mesh.is_leader:
+            self.engine = self._make_engine(plan)
+            if self.mesh.shape.replicas > 1:
+                assert self.world.store is not None
+                self.work = SharedWork(self.world.store, self.mesh.shape.replicas, self.world.watchdog.check)
+
+    def _make_engine(self, plan: KVPlan) -> Engine:
+        blueprint, limits, rotary = self.blueprint, self.options.engine, self.runner.decoder.rotary
+        allocators = [BlockAllocator(plan.blocks, limits.block_size, limits.prefix_cache) for _ in range(self.mesh.shape.fsdp)]
+        rope = RopeRules(rotary.regime, rotary.threshold if rotary.type == "longrope" else None)
+        return Engine(
+            self.runner,
+            Scheduler(limits, allocators, rope),
+            blueprint.config.vocab_size,
+            plan.max_model_len,
+            blueprint.eos_ids,
+            blueprint.tokenizer,
+            self.options.parallel.timeout_s / 4,
+        )
+
+    def _progress(self, total_elements: int, what: str) -> tqdm:
+        checkpoint = self.blueprint.checkpoint
+        assert checkpoint is not None
+        size = getattr(torch, checkpoint.dtype(self.blueprint.config)).itemsize
+        hidden = not (self.is_conductor and sys.stderr.isatty())
+        return tqdm(total=total_elements * size, desc=what, unit="B", unit_scale=True, disable=hidden, leave=False)
+
+    def _run_shared(self, requests: list[Request], sink: Sink) -> None:
+        """Share `requests` with the other replicas; their results come through the store."""
+        assert self.engine is not None and self.work is not None
+        work, left = self.work, len(requests)
+        last = time.monotonic()
+
+        def counted(deltas: list[Delta], results: list[Result]) -> None:
+            nonlocal left, last
+            if time.monotonic() - last > 0.1:
+                last = time.monotonic()
+                results = [*results, *work.collect()]
+            left -= len(results)
+            sink(deltas, results)
+
+        work.publish(requests)
+        self.engine.run(work.take(), counted)
+        while left:
+            collected = work.collect()
+            left -= len(collected)
+            sink([], collected)
+            if not collected:
+                work.pause()
+
+    def _end_call(self) -> None:
+        """A call is over: scripted workers go back to their own program."""
+        assert self.engine is not None
+        if self.work is not None:
+            self.work.finish()
+        if self.scripted:
+            self.engine.release()
+
+    def _guarded(self) -> _Guard:
+        return _Guard(self.world)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Leave the world, telling workers why when something went wrong."""
+        failed = error is not None or self.world.watchdog.failure is not None
+        engine = getattr(self, "engine", None)
+        if engine is not None and self.world.watchdog.failure is None:
+            engine.close(f"{type(error).__name__}: {error}" if error is not None else None)
+            if self.work is not None and self.is_conductor and not failed:
+                self.work.close()
+        if failed and error is not None and self.world.size > 1:
+            self.world.watchdog.report(error)
+        if hasattr(self, "mesh") and not failed:
+            self.mesh.close()
+        self.world.close(failed=failed)
+
+
+class _Guard:
+    """Turns whatever a rank raises into the world's first error."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception):
+            explained = self.world.watchdog.explain(error)
+            if explained is not error:
+                raise explained from error
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number} B"

@@ -1,0 +1,96 @@
+"""One list of requests for several replicas, through the key-value store: whoever is free takes the next piece.
+
+The conductor publishes the pieces of a call; every leader, the conductor's own engine included,
+takes pieces by an atomic counter and delivers results as they come; the conductor collects them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from dist_infer.engine.request import Request, Result
+
+POLL_S = 0.02
+PIECES_PER_LEADER = 8  # small pieces keep the tail short
+
+
+class SharedWork:
+    """The calls of one run.
+
+    Args:
+        store: The store that all ranks share.
+        leaders: Replicas that share the work.
+        check: Raises when a rank has failed; asked while waiting.
+    """
+
+    def __init__(self, store: dist.Store, leaders: int, check: Callable[[], None]) -> None:
+        self.store, self.leaders, self.check = store, leaders, check
+        self.call = 0
+        self._collected = 0
+
+    def publish(self, requests: list[Request]) -> int:
+        """Begin a call with `requests` (on the conductor); returns how many pieces they make."""
+        size = max(1, min(16, len(requests) // (self.leaders * PIECES_PER_LEADER)))
+        pieces = [requests[at : at + size] for at in range(0, len(requests), size)]
+        self._collected = 0
+        for number, piece in enumerate(pieces):
+            self.store.set(self._key("piece", number), json.dumps([request.to_json() for request in piece]))
+        self.store.set(self._key("pieces"), str(len(pieces)))
+        return len(pieces)
+
+    def await_call(self) -> bool:
+        """Wait for the conductor to begin the next call; False when there will be none."""
+        self._wait(self._key("pieces"))
+        return int(self.store.get(self._key("pieces"))) >= 0
+
+    def close(self) -> None:
+        """Tell the other leaders that there will be no further call (on the conductor)."""
+        self.store.set(self._key("pieces"), "-1")
+
+    def take(self) -> Iterator[Request]:
+        """The requests of this call that fall to this leader."""
+        pieces = int(self.store.get(self._key("pieces")))
+        while (number := self.store.add(self._key("next"), 1) - 1) < pieces:
+            for data in json.loads(self.store.get(self._key("piece", number))):
+                yield Request.from_json(data)
+
+    def deliver(self, results: list[Result]) -> None:
+        """Hand finished results to the conductor."""
+        if results:
+            number = self.store.add(self._key("delivered"), 1) - 1
+            self.store.set(self._key("result", number), json.dumps([result.to_json() for result in results]))
+
+    def collect(self) -> list[Result]:
+        """Results delivered since the last time (on the conductor)."""
+        results: list[Result] = []
+        while self.store.check([self._key("result", self._collected)]):
+            key = self._key("result", self._collected)
+            results += [Result.from_json(data) for data in json.loads(self.store.get(key))]
+            self.store.delete_key(key)
+            self._collected += 1
+        return results
+
+    def finish(self) -> None:
+        """The call is over on this leader."""
+        self.call += 1
+
+    def pause(self) -> None:
+        """Wait a little for the other leaders."""
+        self.check()
+        time.sleep(POLL_S)
+
+    def _wait(self, key: str) -> None:
+        while True:
+            try:
+                self.store.wait([key], timedelta(seconds=1))
+                return
+            except dist.DistStoreError:
+                self.check()
+
+    def _key(self, name: str, number: int | None = None) -> str:
+        return f"work/{self.call}/{name}" if number is None else f"work/{self.call}/{name}/{number}"

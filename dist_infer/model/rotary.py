@@ -1,0 +1,98 @@
+"""Rotary position embeddings: every scaling transformers knows, computed by its own functions.
+
+Two scalings depend on how long a sequence is (`dynamic`, `longrope`). Their regime is chosen for
+each sequence: the token at `position` is rotated for the length `max(anchor, position + 1)`,
+where the anchor is the length the sequence had when it was admitted. That is what
+transformers' `generate` does with a cache, without being moved by neighbours in the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from dist_infer.model.config import ModelConfig
+
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+class Rotary:
+    """The rotation angles of one model."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        """Raises ValueError when the rope type is not known to transformers."""
+        self.type = config.rope.get("rope_type", "default")
+        if self.type != "default" and self.type not in ROPE_INIT_FUNCTIONS:
+            raise ValueError(f"rope_type {self.type!r} is not known; known are default, {', '.join(ROPE_INIT_FUNCTIONS)}")
+        self.device = device
+        self.depends_on_length = self.type in LENGTH_DEPENDENT
+        self.threshold = int(config.rope.get("original_max_position_embeddings") or config.max_position)
+        if self.type == "dynamic":
+            self.threshold = config.max_position
+        # The functions read a transformers configuration; only these fields matter to them.
+        self._config = LlamaConfig(
+            hidden_size=config.heads * config.head_dim,
+            num_attention_heads=config.heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position,
+            rope_parameters=dict(config.rope),
+        )
+        self._dim = int(config.head_dim * config.rope.get("partial_rotary_factor", 1.0))
+        self._base = self._frequencies(None)
+        self._scaled: dict[int, tuple[Tensor, float]] = {}
+
+    def regime(self, length: int) -> int:
+        """The regime of a sequence of `length` tokens; sequences of equal regimes share cached keys. 0 is the unscaled one."""
+        if not self.depends_on_length or length <= self.threshold:
+            return 0
+        return 1 if self.type == "longrope" else length
+
+    def angles(self, positions: Tensor, lengths: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, each [tokens, 1, rotary_dim], for rotating queries and keys.
+
+        Args:
+            positions: [tokens] position of each token in its sequence.
+            lengths: [tokens] length that decides each token's regime; None when none can leave the first regime.
+            dtype: Type of the result; the angles themselves are computed in float32.
+        """
+        frequencies, scale = self._base
+        angles = positions[:, None].float() * frequencies
+        factor: float | Tensor = scale
+        if self.depends_on_length and lengths is not None:
+            factor = torch.full((len(positions), 1), scale, device=self.device)
+            for length in torch.unique(lengths[lengths > self.threshold]).tolist():
+                rows = lengths == length
+                scaled, scale = self._at(self.regime(length), length)
+                angles[rows] = positions[rows, None].float() * scaled
+                factor[rows] = scale
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * factor).to(dtype)[:, None], (angles.sin() * factor).to(dtype)[:, None]
+
+    def _at(self, regime: int, length: int) -> tuple[Tensor, float]:
+        if regime not in self._scaled:
+            if len(self._scaled) > 4096:
+                self._scaled.clear()
+            self._scaled[regime] = self._frequencies(length)
+        return self._scaled[regime]
+
+    def _frequencies(self, length: int | None) -> tuple[Tensor, float]:
+        """Inverse frequencies [rotary_dim / 2] and the factor on cos and sin, for a sequence of `length` tokens."""
+        scale = 1.0
+        with torch.device("cpu"):  # whatever device a model is being built on
+            if self.type == "default":
+                base = float(self._config.rope_parameters["rope_theta"])  # type: ignore[index]
+                frequencies = 1.0 / base ** (torch.arange(0, self._dim, 2, dtype=torch.float) / self._dim)
+            else:
+                frequencies, scale = ROPE_INIT_FUNCTIONS[self.type](self._config, torch.device("cpu"), seq_len=length)
+        return frequencies.to(self.device), scale
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `x` [tokens, heads, head_dim] by its positions, in Hugging Face's convention (two halves)."""
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
