@@ -121,10 +121,13 @@ class Watchdog:
 
     def stop(self) -> None:
         """Stop watching, before this rank leaves in order."""
-        if self._thread and self._thread.is_alive():
+        if self._thread and not self._stopping.is_set():
             self._stopping.set()
             os.write(self._wake_write, b"!")
-            self._thread.join(GRACE_S)
+            if self._thread.is_alive():
+                self._thread.join(GRACE_S)
+            os.close(self._wake_write)
+            os.close(self._wake_read)
 
     def _run(self) -> None:
         store = self._store
@@ -155,7 +158,7 @@ class Watchdog:
                 text = text or self._without_store(dead, error)
         if text is not None:
             self._fail(text)
-        for descriptor in (*watched, self._wake_read):
+        for descriptor in watched:
             os.close(descriptor)
 
     def _open_pidfds(self) -> dict[int, int]:
@@ -176,10 +179,10 @@ class Watchdog:
             return _text(store.get(FAILURE))
         if self._own_error is not None:
             return self._publish(store, f"rank {self._rank} failed: {self._own_error}")
-        for rank in sorted(dead):
-            if not store.check([_left_key(rank)]):
-                return self._publish(store, self._death(rank))
-        dead.clear()
+        if self._speaks(dead):
+            for rank in sorted(dead):
+                if not store.check([_left_key(rank)]):
+                    return self._publish(store, self._death(rank))
         now = time.monotonic()
         if now >= self._next_beat and len({host.boot_id for host in self._hosts}) > 1:
             self._next_beat = now + self._heartbeat_s / BEATS
@@ -210,10 +213,18 @@ class Watchdog:
 
     def _publish(self, store: dist.Store, text: str) -> str:
         """Put `text` into the store as the first failure; returns the one that is there."""
-        winner = _text(store.compare_set(FAILURE, "", json.dumps({"text": text, "by": self._rank})))
-        if winner == text and self._announce:
+        ours = json.dumps({"text": text, "by": self._rank}).encode()
+        winner = store.compare_set(FAILURE, "", ours.decode())
+        if winner == ours and self._announce:
             _print(text)
-        return winner
+        return _text(winner)
+
+    def _speaks(self, dead: set[int]) -> bool:
+        """Whether this is the first rank of its host that lives; rank 0 knows best how the ranks that it started ended."""
+        here = self._hosts[self._rank]
+        return self._rank == min(
+            rank for rank, host in enumerate(self._hosts) if rank == self._rank or (here.sees(host) and rank not in dead)
+        )
 
     def _without_store(self, dead: set[int], error: Exception) -> str:
         """The failure when the store cannot say."""
@@ -222,10 +233,8 @@ class Watchdog:
         if 0 not in dead:
             first = str(error).split("\n", 1)[0]
             return f"rank 0 ({self._hosts[0]}) is gone, or its store is, or the network to it: {first}"
-        here = self._hosts[self._rank]
-        survivors = [rank for rank, host in enumerate(self._hosts) if here.sees(host) and rank not in dead]
         text = self._death(0)
-        if self._rank == min(survivors):
+        if self._speaks(dead):
             _print(text)
         return text
 

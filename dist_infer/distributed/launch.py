@@ -105,7 +105,7 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     text = environ.get(name)
     if text is None or text == "":
         if default is None:
-            raise ValueError(f"environment variable {name} is not set, but the launcher's others are; start the ranks with torchrun or srun")
+            raise ValueError(f"environment variable {name} is not set, though others of the launcher are; use torchrun or srun")
         return default
     if not text.isdecimal():
         raise ValueError(f"environment variable {name}={text!r}: must be a whole number")

@@ -4,6 +4,8 @@ Every rank owns a *slot* in each of two halves of the segment and a *flag*, a co
 numbered; operation `n` uses half `n % 2`. `flag == n` means: this rank has posted its data of operation `n` and has finished reading
 all earlier ones. So a rank may write operation `n` once every flag is at least `n - 1`, and read a peer's data once that
 peer's flag is at least `n`. x86-64 shows a core's stores to the others in their order, so data needs no fence before its flag.
+
+The segment never has a name: rank 0 makes it, the others open it through rank 0's entry in /proc. So none can be left behind.
 """
 
 from __future__ import annotations
@@ -62,25 +64,25 @@ class SharedMemory(Communicator):
     @classmethod
     def connect(cls, world: World, ranks: tuple[int, ...], timeout_s: float) -> SharedMemory | str:
         """Map one segment on all of `ranks`, which must all call this; a reason if any of them cannot."""
-        hosts = [world.hosts[rank] for rank in ranks]
-        if any(host.machine not in ("x86_64", "AMD64") for host in hosts):
-            return f"{hosts[0].machine} may reorder stores; shared memory needs x86-64"
-        if len({host.boot_id for host in hosts}) > 1:
-            return "the ranks are on several hosts"
-        index = ranks.index(world.rank)
+        first = world.hosts[ranks[0]]
+        if first.machine not in ("x86_64", "AMD64"):
+            return f"{first.machine} may reorder stores; shared memory needs x86-64"
+        if not all(first.sees(world.hosts[rank]) for rank in ranks):
+            return "the ranks are on several hosts, or in several containers"
+        index, size = ranks.index(world.rank), segment_size(len(ranks))
         topic = f"segment.{ranks[0]}"
-        offer = Offer.make(segment_size(len(ranks))) if index == 0 else None
-        try:
-            name, token = world.exchange(topic, (offer.name, offer.token) if offer else (None, None), ranks)[0]
-            segment = offer.segment if offer else _open(name, token, segment_size(len(ranks)))
-            mapped = all(world.exchange(topic, segment is not None, ranks))
-        finally:
-            if offer:
-                offer.unlink()
+        made = _make(size) if index == 0 else None
+        offer = world.exchange(topic, made[:2] if made else None, ranks)[0]
+        if offer is None:
+            return f"no shared memory: {size} bytes were refused"
+        segment = made[2] if made else _open(first.pid, offer[0], offer[1], size)
+        mapped = all(world.exchange(topic, segment is not None, ranks))
+        if made:
+            os.close(made[0])
         if not mapped or segment is None:
-            return "the ranks do not share /dev/shm, or it is full"
+            return "the ranks may not open each other's files in /proc"
         segment[:TOKEN] = bytes(TOKEN)
-        spin = sum(host.boot_id == hosts[0].boot_id for host in world.hosts) <= len(os.sched_getaffinity(0))
+        spin = sum(host.boot_id == first.boot_id for host in world.hosts) <= len(os.sched_getaffinity(0))
         communicator = cls(segment, index, ranks, spin, timeout_s)
         world.exchange(topic, None, ranks)  # nobody posts before all have wiped the token
         return communicator
@@ -133,8 +135,10 @@ class SharedMemory(Communicator):
 
     def close(self) -> None:
         """Drop the views; the memory goes with the last of them."""
-        self._views.clear()
         self._error = self._error or RuntimeError("this communicator is closed")
+        self._views.clear()
+        self._flags.release()
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
     def _new_views(self, tensor: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
         """Each rank's slot in either half, seen as `tensor`'s shape and type; None if it is larger than a slot."""
@@ -220,51 +224,35 @@ class SharedMemory(Communicator):
                 raise TimeoutError(f"rank {names} did not come to a collective within parallel.timeout_s={self._timeout_s:g} s")
 
 
-class Offer:
-    """A segment that this rank made for the others to open by name."""
-
-    def __init__(self, name: str | None, token: str | None, segment: mmap.mmap | None) -> None:
-        """Wrap a segment that `make` made."""
-        self.name, self.token, self.segment = name, token, segment
-
-    @classmethod
-    def make(cls, size: int) -> Offer:
-        """Make a segment; an empty offer if /dev/shm is missing or full."""
-        name, token = f"dist_infer-{secrets.token_hex(8)}", secrets.token_bytes(TOKEN)
-        path = f"/dev/shm/{name}"
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except OSError:
-            return cls(None, None, None)
-        try:
-            os.posix_fallocate(descriptor, 0, size)  # a full /dev/shm must fail here, not as SIGBUS later
-            segment = mmap.mmap(descriptor, size)
-        except OSError:
-            os.unlink(path)
-            return cls(None, None, None)
-        finally:
-            os.close(descriptor)
-        segment[:TOKEN] = token
-        return cls(name, token.hex(), segment)
-
-    def unlink(self) -> None:
-        """Take the name away; mappings stay."""
-        if self.name:
-            os.unlink(f"/dev/shm/{self.name}")
-
-
-def _open(name: str | None, token: str | None, size: int) -> mmap.mmap | None:
-    """Map a segment that another rank offered; None if it is not here or not the same."""
-    if name is None or token is None:
-        return None
+def _make(size: int) -> tuple[int, str, mmap.mmap] | None:
+    """A segment without a name: its descriptor, the token in it and the mapping; None if there is no memory for it."""
+    token = secrets.token_bytes(TOKEN)
     try:
-        descriptor = os.open(f"/dev/shm/{name}", os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.memfd_create("dist_infer", os.MFD_CLOEXEC)
     except OSError:
         return None
     try:
+        os.posix_fallocate(descriptor, 0, size)  # too little memory must show here, not as SIGBUS later
         segment = mmap.mmap(descriptor, size)
-    finally:
+    except OSError:
         os.close(descriptor)
+        return None
+    segment[:TOKEN] = token
+    return descriptor, token.hex(), segment
+
+
+def _open(pid: int, descriptor: int, token: str, size: int) -> mmap.mmap | None:
+    """Map a segment that another process made; None if it cannot be opened from here."""
+    try:
+        ours = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        segment = mmap.mmap(ours, size)
+    except (OSError, ValueError):  # another file than we were told of
+        return None
+    finally:
+        os.close(ours)
     return segment if segment[:TOKEN] == bytes.fromhex(token) else None
 
 

@@ -142,7 +142,7 @@ class World:
         assert group is not None
         name = [uuid.uuid4().hex]
         dist.broadcast_object_list(name, src=0)
-        store = dist.PrefixStore(f"{PREFIX}/{name[0]}", group.get_group_store().clone())
+        store = dist.PrefixStore(f"{PREFIX}/{name[0]}", _second_connection(group.get_group_store()))
         world = cls(variables, place, store, parallel.timeout_s)
         world._begin(parallel, may_exit, announce=False)
         return world
@@ -150,7 +150,9 @@ class World:
     def _begin(self, parallel: ParallelOptions, may_exit: bool, announce: bool) -> None:
         """Start the watchdog, and the process group unless there is one."""
         assert self.store is not None
-        self.watchdog = Watchdog(self.rank, self.hosts, self.store.clone(), parallel.heartbeat_s, self._local_ranks, may_exit, announce)
+        self.watchdog = Watchdog(
+            self.rank, self.hosts, _second_connection(self.store), parallel.heartbeat_s, self._local_ranks, may_exit, announce
+        )
         self.watchdog.start()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -263,6 +265,11 @@ def choose_device(device: str, local_rank: int) -> torch.device:
 def _check_size(wanted: int | None, found: int, whose: str) -> None:
     if wanted is not None and wanted != found:
         raise ValueError(f"parallel: the mesh has {wanted} ranks, but {whose} has {found}; give axes whose product is {found}")
+
+
+def _second_connection(store: dist.Store) -> dist.Store:
+    """The same store, not blocked while another thread waits on the first connection."""
+    return store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # torch's stubs lack it
 
 
 def _serve_locally(size: int, timeout_s: float) -> dist.TCPStore:

@@ -44,7 +44,8 @@ class Session:
     Args:
         options: What the user set.
         blueprint: Makes the blueprint; called once the ranks can tell each other of its errors.
-        scripted: All ranks run the same program, call by call; else they serve until the end.
+        scripted: All ranks run the same program, call by call; else they serve until the end. A script's process is
+            never ended from within: it gets exceptions.
         say: Prints a line for the user; called on the conductor only.
         check: Further cheap checks, made on the conductor before anything expensive.
         weights: Whole tensors in memory, by canonical name, instead of a checkpoint.
@@ -63,7 +64,10 @@ class Session:
         check: Callable[[Blueprint], None] | None = None,
         weights: Mapping[str, Callable[[], Tensor]] | None = None,
     ) -> None:
-        self.options, self.scripted = options, scripted
+        self.options = options
+        self._alone = RankVariables.read() is None and not dist.is_initialized()
+        self.scripted = scripted and not self._alone  # ranks that we start ourselves serve until the end
+        self.may_exit = not scripted
         self._say = say or (lambda line: None)
         self.world, self.blueprint, shape, why = self._meet(blueprint, check)
         try:
@@ -173,10 +177,10 @@ class Session:
         options = self.options
         found: tuple[Blueprint, MeshShape, str] | None = None
         size, command = None, None
-        if RankVariables.read() is None and not dist.is_initialized():
+        if self._alone:
             found = self._check(make, check, None, 1, conductor=True)
             size, command = found[1].size, [sys.executable, "-m", "dist_infer", "worker", json.dumps(options.to_json())]
-        world = World.join(options.parallel, options.device, size, command, may_exit=not self.scripted)
+        world = World.join(options.parallel, options.device, size, command, may_exit=self.may_exit)
         try:
             error: str | None = None
             try:

@@ -1,0 +1,190 @@
+"""Ranks that fail, and what the others say."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_infer.config.parallel import ParallelOptions
+from dist_infer.distributed.health import RankFailure, Watchdog
+from dist_infer.distributed.host import Host
+from dist_infer.distributed.mesh import Mesh, MeshShape
+from dist_infer.distributed.world import World
+from tests.ranks import PRELOAD, Ranks
+
+HERE = Host.here(torch.device("cpu"))
+
+
+def launched(rank: int, size: int, port: int, errors: str, kind: str, ready: Connection) -> None:
+    """A rank as a launcher that serves the store itself would start it."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    os.environ.pop("SLURM_STEP_ID", None)
+    torch.set_num_threads(1)
+    sys.stderr = Path(errors).open("a")  # noqa: SIM115  # as long as the process
+    world = World.join(ParallelOptions(timeout_s=60), "cpu")
+    mesh = Mesh(world, MeshShape(1, 1, size), ParallelOptions(collectives="process_group" if kind == "process_group" else "shared_memory"))
+    mesh.tp.barrier()
+    ready.send(True)
+    try:
+        while kind != "stuck":
+            mesh.tp.all_reduce(torch.ones(8))
+        while True:
+            signal.pause()
+    except Exception as error:
+        first = world.watchdog.explain(error)
+        print(f"rank {rank} raised: {first}", file=sys.stderr, flush=True)
+        world.close(failed=True)
+        os._exit(7)
+
+
+class Launched:
+    """Three ranks, and the store they were given."""
+
+    def __init__(self, kind: str, directory: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self.store: dist.TCPStore | None = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.errors = [directory / str(rank) for rank in range(3)]
+        pipes = [context.Pipe(duplex=False) for _ in range(3)]
+        self.processes = [
+            context.Process(target=launched, args=(rank, 3, self.store.port, str(self.errors[rank]), kind, pipes[rank][1]), daemon=True)
+            for rank in range(3)
+        ]
+        for process in self.processes:
+            process.start()
+        for reading, writing in pipes:
+            writing.close()
+            assert reading.recv()
+
+    def exit_codes(self) -> list[int | None]:
+        """Once all have left; 15 seconds are what they may take."""
+        for process in self.processes:
+            process.join(15.0)
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+        return codes
+
+    def said(self, rank: int) -> list[str]:
+        return self.errors[rank].read_text().splitlines()
+
+
+@pytest.mark.parametrize("kind", ["shared_memory", "process_group", "stuck"])
+def test_killed_rank_is_named(kind: str, tmp_path: Path) -> None:
+    world = Launched(kind, tmp_path)
+    pid = world.processes[1].pid
+    world.processes[1].kill()
+    codes = world.exit_codes()
+    assert codes[1] == -signal.SIGKILL
+    assert [codes[0], codes[2]] == ([1, 1] if kind == "stuck" else [7, 7])
+    for rank in (0, 2):
+        assert f"rank 1 (host {HERE.name}, pid {pid}) died without a word" in world.said(rank)[-1]
+    announced = [line for rank in (0, 2) for line in world.said(rank) if line.startswith("dist-infer: rank 1")]
+    assert len(announced) == (3 if kind == "stuck" else 1)  # at once by one of them; by both before they exit stuck
+
+
+def test_lost_store_is_named(tmp_path: Path) -> None:
+    world = Launched("shared_memory", tmp_path)
+    world.store = None
+    assert world.exit_codes() == [7, 7, 7]
+    assert all("rank 0 (" in world.said(rank)[-1] and "or its store" in world.said(rank)[-1] for rank in range(3))
+
+
+def check_first_error() -> tuple[str, str]:
+    """All ranks fail at once, differently."""
+    with World.join(ParallelOptions(), "cpu") as world:
+        error = world.watchdog.explain(ValueError(f"number {world.rank}"))
+        first = str(world.watchdog.failure)
+        world.exchange = None  # type: ignore[assignment,method-assign]  # nothing may need the others from here on
+        world.close(failed=True)
+        return first, f"{type(error).__name__}: {error}"
+
+
+def test_first_error_wins(ranks: Ranks) -> None:
+    answers = ranks(3).run(check_first_error)
+    firsts = {first for first, _ in answers}
+    assert len(firsts) == 1
+    winner = int(firsts.pop().removeprefix("rank ").split()[0])
+    for rank, (first, raised) in enumerate(answers):
+        assert raised == (f"ValueError: number {rank}" if rank == winner else f"RankFailure: {first}")
+
+
+def check_stops_waiting() -> None:
+    """A rank fails while the others wait for a message from it."""
+    with contextlib.suppress(RankFailure), World.join(ParallelOptions(), "cpu") as world:
+        if world.rank == 1:
+            world.watchdog.report(ValueError("no"))
+            return
+        with pytest.raises(RankFailure, match="rank 1 failed: ValueError: no"):
+            world.exchange("never", None)
+        world.watchdog.check()
+
+
+def test_exchange_ends_with_the_error(ranks: Ranks) -> None:
+    ranks(2).run(check_stops_waiting)
+
+
+def test_missing_rank_is_named(ranks: Ranks) -> None:
+    ranks(2).run(check_missing)
+
+
+def check_missing() -> None:
+    with World.join(ParallelOptions(timeout_s=0.2), "cpu") as world:
+        assert world.store is not None
+        if world.rank == 0:
+            with pytest.raises(RuntimeError, match=r"rank 1 did not come to 'here' within .*\(rank 0 did\)"):
+                world.exchange("here", None)
+            world.store.set("go", "1")
+        world.store.wait(["go"])
+
+
+def test_orderly_end_is_no_failure(ranks: Ranks) -> None:
+    assert ranks(2).run(check_orderly) == [None, None]
+
+
+def check_orderly() -> None:
+    world = World.join(ParallelOptions(), "cpu")
+    world.exchange("once", None)
+    world.close()
+    assert world.watchdog.failure is None
+    assert dist.is_initialized()  # it was there before
+
+
+class Aborted(threading.Event):
+    """Stands in for a communicator: set when aborted."""
+
+    def abort(self, error: Exception) -> None:
+        self.set()
+
+
+def test_silent_host_is_named() -> None:
+    """Rank 1 is on another host and never beats again; rank 2 does."""
+    store = dist.HashStore()
+    hosts = [HERE, replace(HERE, name="far", boot_id="x"), replace(HERE, name="near", boot_id="y")]
+    for rank in (1, 2):
+        store.set(f"beat/{rank}", "0")
+    watchdog = Watchdog(0, hosts, store, heartbeat_s=0.4, may_exit=False)
+    aborted = Aborted()
+    watchdog.guard(aborted)  # type: ignore[arg-type]
+    watchdog.start()
+    beats = 0
+    deadline = time.monotonic() + 15
+    while not aborted.wait(0.05) and time.monotonic() < deadline:
+        beats += 1
+        store.set("beat/2", str(beats))
+    with pytest.raises(RankFailure, match=r"rank 1 \(host far, pid \d+\) was silent for 0.4 s"):
+        watchdog.check()
+    watchdog.stop()
