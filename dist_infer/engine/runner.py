@@ -11,8 +11,8 @@ from torch import Tensor
 from dist_infer.config.engine import EngineOptions
 from dist_infer.distributed.mesh import Mesh
 from dist_infer.engine.step import Kind, SpanOfStep, Step
-from dist_infer.model.attention import AttentionPlan, KVCache, Span
-from dist_infer.model.batch import Batch
+from dist_infer.model.attention import KVCache
+from dist_infer.model.batch import Batch, TokenSpan
 from dist_infer.model.decoder import LOGIT_ROWS, Decoder
 from dist_infer.model.weights import cut
 from dist_infer.sampling.slots import Rows, SlotParams, SlotTable
@@ -173,7 +173,7 @@ class Runner:
 
     def _forward(self, spans: list[SpanOfStep], layout: SummaryLayout | None, summaries: Tensor | None) -> None:
         """Run the model on this rank's spans (perhaps none) and write the summaries of their rows."""
-        batch = self._batch(spans) if spans else Batch.empty(self.device)
+        batch = self._batch(spans)
         rows = _rows(spans)
 
         def reduce(logits: Tensor, first: int) -> None:
@@ -188,42 +188,12 @@ class Runner:
         self.decoder(batch, self.cache, reduce)
 
     def _batch(self, spans: list[SpanOfStep]) -> Batch:
-        size = self.cache.block_size
-        tokens, positions, slots, logit_rows, attention = [], [], [], [], []
-        produced: tuple[list[int], list[int]] = ([], [])
-        row = 0
-        for span in spans:
-            count, table = len(span.tokens), self.blocks[span.slot]
-            at = np.arange(span.start, span.start + count)
-            tokens += span.tokens
-            positions.append(at)
-            slots.append(table[at // size].astype(np.int64) * size + at % size)
-            logit_rows += range(row + count - span.rows, row + count)
-            attention.append(Span(row, count, span.start + count, table))
-            row += count
-            fresh = span.start + count - self.known[span.slot]
-            if fresh > 0:  # a token decided since admission
-                produced[0].append(span.slot)
-                produced[1].append(span.tokens[-1])
-        self.table.append(*produced)
-        position_array = np.concatenate(positions)
-        return Batch(
-            tokens=torch.tensor(tokens, device=self.device),
-            positions=torch.from_numpy(position_array).to(self.device),
-            rope_lengths=self._rope_lengths(spans, position_array),
-            cache_slots=torch.from_numpy(np.concatenate(slots)).to(self.device),
-            logit_rows=torch.tensor(logit_rows, dtype=torch.long, device=self.device),
-            attention=AttentionPlan.build(attention, size, self.device),
-        )
-
-    def _rope_lengths(self, spans: list[SpanOfStep], positions: np.ndarray) -> Tensor | None:
-        """[tokens] length that decides each token's rotary regime; None when none has left the first."""
-        rotary = self.decoder.rotary
-        if not rotary.depends_on_length:
-            return None
-        anchors = np.repeat([self.rope_anchors[span.slot] for span in spans], [len(span.tokens) for span in spans])
-        lengths = np.maximum(anchors, positions + 1)
-        return torch.from_numpy(lengths).to(self.device) if lengths.max() > rotary.threshold else None
+        produced = [span for span in spans if span.start + len(span.tokens) > self.known[span.slot]]  # decided since admission
+        self.table.append([span.slot for span in produced], [span.tokens[-1] for span in produced])
+        entering = [
+            TokenSpan(span.tokens, span.start, self.blocks[span.slot], span.rows, int(self.rope_anchors[span.slot])) for span in spans
+        ]
+        return Batch.of(entering, self.cache.block_size, self.decoder.rotary, self.device)
 
     def _fill_resolved(self, answer: Tensor, rows: list[int]) -> None:
         """Write the held logits of `rows` into `answer` [resolves, 2, vocabulary]."""

@@ -9,6 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ from dist_infer.engine.request import Request, Result
 from dist_infer.engine.runner import Runner
 from dist_infer.engine.scheduler import RopeRules, Scheduler
 from dist_infer.engine.shared_work import SharedWork
-from dist_infer.model.attention import KVCache
 
 Sink = Callable[[list[Delta], list[Result]], None]
 USER_ERRORS = (ValueError, OSError)
@@ -187,17 +187,18 @@ class Session:
                 found = found or self._check(make, check, world.size, world.local_size, conductor=world.rank == 0)
             except USER_ERRORS as mistake:
                 error = str(mistake)
-            errors = world.exchange("checks", error)
+            checked = world.exchange("checks", [error, astuple(found[1]) if found else None])
         except BaseException:
             world.close(failed=True)
             raise
-        wrong = next(((rank, text) for rank, text in enumerate(errors) if text is not None), None)
+        wrong = next(((rank, text) for rank, (text, _) in enumerate(checked) if text is not None), None)
         if wrong is not None:
             world.close()
             rank, text = wrong
             raise ValueError(text if rank == 0 else f"rank {rank}: {text}")
         assert found is not None
-        return world, *found
+        # Free memory, which a mesh may depend on, differs from rank to rank: rank 0's choice counts.
+        return world, found[0], MeshShape(*checked[0][1]), found[2]
 
     def _check(
         self,
@@ -261,11 +262,9 @@ class Session:
             self._say(plan.note)
             if plan.max_model_len < blueprint.max_model_len:
                 self._say(f"sequences are limited to {plan.max_model_len:,} tokens by memory; the model takes {blueprint.max_model_len:,}")
-        config, limits = blueprint.config, options.engine
-        kv_heads = shard.decoder.blocks[0].attention.kv_heads  # type: ignore[union-attr]
-        cache = KVCache(config.layers, plan.blocks, kv_heads, limits.block_size, config.head_dim, blueprint.dtype, device)  # type: ignore[arg-type]
+        cache = shard.decoder.new_cache(plan.blocks, options.engine.block_size)
         self.shard = shard
-        self.runner = Runner(self.mesh, shard.decoder, cache, limits, plan.max_model_len)
+        self.runner = Runner(self.mesh, shard.decoder, cache, options.engine, plan.max_model_len)
         self.engine: Engine | None = None
         self.work: SharedWork | None = None
         if self.mesh.is_leader:

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dist_infer.model.attention import AttentionPlan
+from dist_infer.model.attention import AttentionPlan, Span
+from dist_infer.model.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """Tokens of one sequence that enter the model together.
+
+    Attributes:
+        tokens: Token ids.
+        start: Position of the first.
+        blocks: The sequence's block table, long enough for the last.
+        rows: Of how many of the last tokens the logits are wanted.
+        anchor: Length that decides the rotary regime at least (see `rotary`); 0 for the span's own.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    blocks: np.ndarray
+    rows: int = 1
+    anchor: int = 0
 
 
 @dataclass
@@ -31,7 +53,37 @@ class Batch:
     attention: AttentionPlan
 
     @classmethod
-    def empty(cls, device: torch.device) -> Batch:
-        """A batch without spans: what a rank with nothing to do steps with."""
-        none = torch.empty(0, dtype=torch.long, device=device)
-        return cls(none, none, None, none, none, AttentionPlan.build([], 1, device))
+    def of(cls, spans: Sequence[TokenSpan], block_size: int, rotary: Rotary, device: torch.device) -> Batch:
+        """Flatten `spans`, in order; none makes the batch of a rank that only keeps step with others."""
+        if not spans:
+            none = torch.empty(0, dtype=torch.long, device=device)
+            return cls(none, none, None, none, none, AttentionPlan.build([], block_size, device))
+        tokens: list[int] = []
+        logit_rows: list[int] = []
+        positions, slots, attention = [], [], []
+        for span in spans:
+            count, first = len(span.tokens), len(tokens)
+            at = np.arange(span.start, span.start + count)
+            tokens += span.tokens
+            positions.append(at)
+            slots.append(span.blocks[at // block_size].astype(np.int64) * block_size + at % block_size)
+            logit_rows += range(first + count - span.rows, first + count)
+            attention.append(Span(first, count, span.start + count, span.blocks))
+        position_array = np.concatenate(positions)
+        return cls(
+            tokens=torch.tensor(tokens, device=device),
+            positions=torch.from_numpy(position_array).to(device),
+            rope_lengths=_rope_lengths(spans, position_array, rotary, device),
+            cache_slots=torch.from_numpy(np.concatenate(slots)).to(device),
+            logit_rows=torch.tensor(logit_rows, dtype=torch.long, device=device),
+            attention=AttentionPlan.build(attention, block_size, device),
+        )
+
+
+def _rope_lengths(spans: Sequence[TokenSpan], positions: np.ndarray, rotary: Rotary, device: torch.device) -> Tensor | None:
+    """[tokens] length that decides each token's rotary regime; None when none has left the first."""
+    if not rotary.depends_on_length:
+        return None
+    anchors = np.repeat([span.anchor for span in spans], [len(span.tokens) for span in spans])
+    lengths = np.maximum(anchors, positions + 1)
+    return torch.from_numpy(lengths).to(device) if lengths.max() > rotary.threshold else None

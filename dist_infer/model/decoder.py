@@ -13,7 +13,7 @@ from dist_infer.model.batch import Batch
 from dist_infer.model.config import ModelConfig
 from dist_infer.model.layers import GatedMLP, Linear, RMSNorm, VocabularyParallelEmbedding
 from dist_infer.model.rotary import Rotary
-from dist_infer.model.weights import cut
+from dist_infer.model.weights import HeadCut, cut
 
 # Rows of logits made at a time: scoring wants thousands, and a row of a large vocabulary is half a megabyte.
 LOGIT_ROWS = 256
@@ -56,6 +56,13 @@ class Decoder(nn.Module):
         self.head = Linear(config.hidden_size, self.vocabulary[1] - self.vocabulary[0], bias=False)
         if config.tied_head:
             self.head.weight = self.embedding.weight
+
+    def new_cache(self, blocks: int, block_size: int = 16) -> KVCache:
+        """An empty KV cache for this rank's heads; block 0 is nobody's, so `blocks` is one more than can be used."""
+        weight = self.norm.weight
+        kv_heads = HeadCut.of(self.config, self.embedding.tp.size, self.embedding.tp.rank).kv_heads
+        heads = kv_heads[1] - kv_heads[0]
+        return KVCache(self.config.layers, blocks, heads, block_size, self.config.head_dim, weight.dtype, self.rotary.device)
 
     def forward(self, batch: Batch, cache: KVCache, reduce: Callable[[Tensor, int], None]) -> None:
         """One step: the spans' keys and values enter the cache, the wanted logits go to `reduce`.
