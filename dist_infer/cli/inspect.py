@@ -1,0 +1,96 @@
+"""`dist-infer inspect`: what a checkpoint is, whether it matches the model, and what each rank would read and hold."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from dist_infer.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from dist_infer.checkpoint.plan import plan
+from dist_infer.checkpoint.sources.source import ITEM_SIZES
+from dist_infer.cli.arguments import parse
+from dist_infer.distributed.mesh import MeshShape, choose_mesh
+from dist_infer.model.config import ModelConfig
+from dist_infer.model.weights import HeadCut, cut, describe, fsdp_rows
+
+MOST_RANKS_SHOWN = 16
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; it starts no ranks and reads no weights. Exit status 2 when weights and model do not match."""
+    options = parse(arguments)
+    if options.model.path is None:
+        raise ValueError("model.path is not given: name a checkpoint directory, such as model.path=runs/step_50000")
+    checkpoint = open_checkpoint(options.model.path, options.model.dialect)
+    _show_checkpoint(checkpoint)
+    config = checkpoint.config(options.model.config)
+    _show_model(config)
+    checkpoint.match(config)
+    print("match       every weight of the model is there, in shape, and nothing else")
+    shape, _ = choose_mesh(options.parallel, None, 1, heads=config.heads)
+    _show_mesh(checkpoint, config, shape)
+    return 0
+
+
+def _show_checkpoint(checkpoint: Checkpoint) -> None:
+    index = checkpoint.index
+    count = sum(math.prod(entry.shape) for entry in index.values())
+    stored = sum(math.prod(entry.shape) * ITEM_SIZES.get(entry.dtype, 0) for entry in index.values())
+    dtypes = Counter(entry.dtype for entry in index.values())
+    files = {chunk.file for entry in index.values() for chunk in entry.chunks}
+    print(f"path        {checkpoint.path}{f'  ({checkpoint.note})' if checkpoint.note else ''}")
+    print(f"source      {checkpoint.source.kind}, {len(files)} files with weights")
+    print(f"dialect     {checkpoint.dialect.name}")
+    print(f"tensors     {len(index)}, {count:,} elements, {_size(stored)} ({', '.join(f'{n} {dtype}' for dtype, n in dtypes.most_common())})")
+    print(f"other       {_size(checkpoint.source.other_bytes)} of optimizer and other state, never read")
+    print(f"identity    {checkpoint.identity}")
+    tokenizer, generation = checkpoint.tokenizer_directory(), checkpoint.generation_config()
+    print(f"tokenizer   {tokenizer or 'none found'}")
+    print(f"generation  {generation or 'no generation_config.json: greedy by default'}")
+
+
+def _show_model(config: ModelConfig) -> None:
+    windows = sorted({window for window in config.sliding_windows if window is not None})
+    print(
+        f"model       {config.family}: {config.layers} layers, hidden {config.hidden_size}, ffn {config.ffn_size}, "
+        f"{config.heads} heads over {config.kv_heads} of {config.head_dim}, vocabulary {config.vocab_size}, "
+        f"{'tied' if config.tied_head else 'own'} head, up to {config.max_position:,} tokens"
+    )
+    rope = ", ".join(f"{key}={value}" for key, value in config.rope.items() if not isinstance(value, list))
+    print(f"rotary      {rope}" + (f"; sliding window {', '.join(map(str, windows))}" if windows else ""))
+
+
+def _show_mesh(checkpoint: Checkpoint, config: ModelConfig, shape: MeshShape) -> None:
+    """A line for each rank of a replica."""
+    print(f"\nmesh        {shape}; each replica reads the same")
+    print(f"{'fsdp':>4} {'tp':>4} {'heads':>9} {'kv heads':>9} {'vocabulary':>16} {'elements':>15} {'reads':>8} {'bytes read':>12}")
+    shown = 0
+    for coordinate in range(shape.fsdp):
+        for rank in range(shape.tp):
+            if shown == MOST_RANKS_SHOWN:
+                print(f"... and {shape.fsdp * shape.tp - shown} more ranks alike")
+                return
+            shown += 1
+            weights = list(describe(config, shape.tp, rank))
+            reads = plan(weights, shape.fsdp, coordinate, checkpoint.index, checkpoint.dialect, config)
+            held = 0
+            for weight in weights:
+                first, stop = fsdp_rows(weight.shape[0], shape.fsdp, coordinate)
+                held += (stop - first) * math.prod(weight.shape[1:])
+            heads, vocabulary = HeadCut.of(config, shape.tp, rank), cut(config.vocab_size, shape.tp, rank)
+            print(
+                f"{coordinate:>4} {rank:>4} {_range(heads.heads):>9} {_range(heads.kv_heads):>9} {_range(vocabulary):>16} "
+                f"{held:>15,} {len(reads):>8,} {_size(sum(read.bytes for read in reads)):>12}"
+            )
+
+
+def _range(bounds: tuple[int, int]) -> str:
+    return f"{bounds[0]}-{bounds[1] - 1}"
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
