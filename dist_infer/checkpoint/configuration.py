@@ -115,9 +115,6 @@ def _kempnerforge(data: dict[str, Any]) -> ModelConfig:
         if model.get(name, valid) != valid:
             raise ValueError(f"model.{name} = {model[name]!r} is not supported; supported is {valid!r}")
     hidden, heads = model.get("dim", 4096), model.get("n_heads", 32)
-    eps, qk_norm = model.get("norm_eps", 1e-5), model.get("qk_norm", False)
-    if qk_norm and eps != 1e-5:
-        raise ValueError(f"model.norm_eps = {eps} with qk_norm is not supported: the q/k norms use 1e-5 whatever it says, the others {eps}")
     ffn = model.get("ffn_hidden_dim")
     if ffn is None:
         ffn = 256 * math.ceil(int(4 * hidden * (2 / 3) * model.get("ffn_dim_multiplier", 1.0)) / 256)
@@ -130,11 +127,12 @@ def _kempnerforge(data: dict[str, Any]) -> ModelConfig:
         heads=heads,
         kv_heads=model.get("n_kv_heads") or heads,
         head_dim=hidden // heads,
-        norm_eps=eps,
+        norm_eps=model.get("norm_eps", 1e-5),
         max_position=model.get("max_seq_len", 2048),
         rope={"rope_type": "default", "rope_theta": float(model.get("rope_theta", 10000.0))},
         tied_head=model.get("tie_embeddings", False),
-        qk_norm=qk_norm,
+        qk_norm=model.get("qk_norm", False),
+        qk_norm_eps=1e-5,  # whatever norm_eps says
     )
 
 
@@ -149,9 +147,9 @@ def _torchtitan(data: dict[str, Any]) -> ModelConfig:
     if any(layer != layers[0] for layer in layers):
         raise ValueError("layers of different shapes are not supported")
     epsilons = {model["norm"]["eps"]} | {layer[norm]["eps"] for layer in model["layers"] for norm in ("attention_norm", "ffn_norm")}
-    epsilons |= {layer["attention"]["qk_norm"]["eps"] for layer in model["layers"] if layer["attention"]["qk_norm"]}
-    if len(epsilons) > 1:
-        raise ValueError(f"norms with different eps {sorted(epsilons)} are not supported")
+    head_epsilons = {layer["attention"]["qk_norm"]["eps"] for layer in model["layers"] if layer["attention"]["qk_norm"]}
+    if len(epsilons) > 1 or len(head_epsilons) > 1:
+        raise ValueError(f"layers with different norm eps {sorted(epsilons | head_epsilons)} are not supported")
     rope = model["layers"][0]["attention"]["rope"]
     return ModelConfig(
         family=family,
@@ -159,6 +157,7 @@ def _torchtitan(data: dict[str, Any]) -> ModelConfig:
         hidden_size=model["dim"],
         layers=len(layers),
         norm_eps=epsilons.pop(),
+        qk_norm_eps=next(iter(head_epsilons), None),
         max_position=rope["max_context_length"],
         rope=_torchtitan_rope(rope),
         tied_head=model["enable_weight_tying"],

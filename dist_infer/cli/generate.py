@@ -20,7 +20,9 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command."""
     options = parse(arguments)
     if bool(options.prompts) == bool(options.input):
-        raise ValueError("nothing to do: give prompts=[...] or input=FILE.jsonl" if not options.prompts else "give prompts or input, not both")
+        raise ValueError(
+            "nothing to do: give prompts=[...] or input=FILE.jsonl" if not options.prompts else "give prompts or input, not both"
+        )
     if options.input is not None:
         job = FileJob(options, lambda intake: intake.line)
         return run_on_ranks(options, job.run, job.check)

@@ -42,7 +42,9 @@ def _show_checkpoint(checkpoint: Checkpoint) -> None:
     print(f"path        {checkpoint.path}{f'  ({checkpoint.note})' if checkpoint.note else ''}")
     print(f"source      {checkpoint.source.kind}, {len(files)} files with weights")
     print(f"dialect     {checkpoint.dialect.name}")
-    print(f"tensors     {len(index)}, {count:,} elements, {_size(stored)} ({', '.join(f'{n} {dtype}' for dtype, n in dtypes.most_common())})")
+    print(
+        f"tensors     {len(index)}, {count:,} elements, {_size(stored)} ({', '.join(f'{n} {dtype}' for dtype, n in dtypes.most_common())})"
+    )
     print(f"other       {_size(checkpoint.source.other_bytes)} of optimizer and other state, never read")
     print(f"identity    {checkpoint.identity}")
     tokenizer, generation = checkpoint.tokenizer_directory(), checkpoint.generation_config()

@@ -57,6 +57,8 @@ class FileJob:
             OSError: The input cannot be read, or the output not be written.
             ValueError: The output is complete already.
         """
+        if not self.input.is_file():
+            raise FileNotFoundError(f"input={self.input}: no such file; name a JSONL file of requests")
         if self.output is not None:
             if self.output.exists():
                 raise ValueError(f"output={self.output}: the file is there and complete; remove it or name another")
@@ -73,10 +75,8 @@ class FileJob:
         provenance = session.provenance()
         todo = [request for index, request in self.requests.items() if index not in self.lines]
         bar = tqdm(total=len(self._line_numbers), initial=len(self.lines), unit="request", disable=not sys.stderr.isatty())
-        if self.output is None:
-            out = sys.stdout
-        else:
-            out = open(self._partial, "a", encoding="utf-8")  # noqa: SIM115 (closed below; stdout must not be)
+        # Closed below, but for stdout.
+        out = sys.stdout if self.output is None else open(self._partial, "a", encoding="utf-8")  # noqa: SIM115
         tokens, synced, began = 0, time.monotonic(), time.monotonic()
 
         def sink(deltas: list[Delta], results: list[Result]) -> None:

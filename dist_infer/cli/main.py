@@ -54,7 +54,16 @@ def _complain(message: str, status: int) -> int:
 
 
 def _usage() -> str:
-    lines = ["usage: dist-infer COMMAND [--config FILE.yaml] [key=value ...]", "", "Text and scores from a sharded checkpoint, where it lies.", ""]
+    lines = [
+        "usage: dist-infer COMMAND [--config FILE.yaml] [key=value ...]",
+        "",
+        "Text and scores from a sharded checkpoint, where it lies.",
+        "",
+    ]
     lines += [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
-    lines += ["", "dist-infer COMMAND --help lists every option. Example:", "  dist-infer generate model.path=runs/step_50000 parallel.tp=2 'prompts=[\"Hello\"]'"]
+    lines += [
+        "",
+        "dist-infer COMMAND --help lists every option. Example:",
+        "  dist-infer generate model.path=runs/step_50000 parallel.tp=2 'prompts=[\"Hello\"]'",
+    ]
     return "\n".join(lines)

@@ -8,8 +8,8 @@ from typing import Any
 from dist_infer.config.options import Options
 
 NOTES = {
-    "generate": "Give prompts=[...] to stream answers to the terminal, or input=FILE.jsonl output=FILE.jsonl. An input line has id and one of\n"
-    "prompt, messages, prompt_token_ids, and may have its own sampling object. A run that was cut continues when started again.",
+    "generate": "Give prompts=[...] to stream answers to the terminal, or input=FILE.jsonl output=FILE.jsonl. An input line has id and\n"
+    "one of prompt, messages, prompt_token_ids, and may have its own sampling object. A run that was cut continues when started again.",
     "chat": "Type a message; /reset begins anew, /exit or end of input leaves. system=TEXT sets the system message.",
     "score": "input=FILE.jsonl output=FILE.jsonl; a line has context and continuation, or context_token_ids and continuation_token_ids.",
     "inspect": "Needs model.path only; parallel.* and model.config show the cut for a mesh and whether weights match the model.",
@@ -18,7 +18,13 @@ NOTES = {
 
 def describe_options(command: str, what: str) -> str:
     """The text of `dist-infer COMMAND --help`."""
-    lines = [f"usage: dist-infer {command} [--config FILE.yaml] [key=value ...]", "", what[:1].upper() + what[1:] + ".", NOTES.get(command, ""), ""]
+    lines = [
+        f"usage: dist-infer {command} [--config FILE.yaml] [key=value ...]",
+        "",
+        what[:1].upper() + what[1:] + ".",
+        NOTES.get(command, ""),
+        "",
+    ]
     for item in fields(Options):
         section = item.default_factory
         if isinstance(section, type) and is_dataclass(section):

@@ -12,7 +12,17 @@ class ModelOptions:
     """The checkpoint and what belongs to it."""
 
     path: str | None = option(None, "checkpoint directory (DCP or safetensors), its parent, or a Hugging Face id in the local cache")
-    config: str | None = option(None, "model configuration: config.json, a trainer's TOML or JSON, or YAML; default: found beside the checkpoint")
-    tokenizer: str | None = option(None, "tokenizer directory or Hugging Face id; default: found beside the checkpoint; 'none' for token ids only")
-    dtype: str = option("auto", "compute type of weights and KV cache; auto is the checkpoint's own", choices=("auto", "float32", "bfloat16", "float16"))
-    dialect: str = option("auto", "how the trainer named its weights; auto finds it by the names", choices=("auto", "huggingface", "kempnerforge", "torchtitan"))
+    config: str | None = option(
+        None, "model configuration: config.json, a trainer's TOML or JSON, or YAML; default: found beside the checkpoint"
+    )
+    tokenizer: str | None = option(
+        None, "tokenizer directory or Hugging Face id; default: found beside the checkpoint; 'none' for token ids only"
+    )
+    dtype: str = option(
+        "auto", "compute type of weights and KV cache; auto is the checkpoint's own", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    dialect: str = option(
+        "auto",
+        "how the trainer named its weights; auto finds it by the names",
+        choices=("auto", "huggingface", "kempnerforge", "torchtitan"),
+    )

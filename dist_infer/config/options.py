@@ -24,6 +24,7 @@ from dist_infer.config.parallel import ParallelOptions
 from dist_infer.config.sampling import SamplingParams
 
 TEXT_KEYS = ("prompts", "sampling.stop", "system")
+NOT_OF_RESULTS = ("prompts", "input", "output", "system")
 
 
 @dataclass
@@ -52,6 +53,11 @@ class Options:
     def to_json(self) -> dict[str, Any]:
         """All values, as JSON can hold them."""
         return asdict(self)
+
+    def changed(self) -> dict[str, Any]:
+        """What differs from the defaults and can matter to a result, by dotted key."""
+        default = _flat_values(Options())
+        return {key: value for key, value in _flat_values(self).items() if value != default[key] and key not in NOT_OF_RESULTS}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Options:
@@ -109,6 +115,14 @@ def known_keys() -> dict[str, Any]:
         else:
             keys[item.name] = item
     return keys
+
+
+def _flat_values(options: Options) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in asdict(options).items():
+        section = is_dataclass(getattr(options, name))
+        values.update({f"{name}.{inner}": v for inner, v in value.items()} if section else {name: value})
+    return values
 
 
 def _split(override: str) -> tuple[str, str]:

@@ -37,14 +37,18 @@ class SamplingParams:
     top_k: int | None = option(None, "keep the k most likely tokens; 0 or -1 keeps all", low=-1)
     top_p: float | None = option(None, "keep the most likely tokens up to this probability", above=0, high=1)
     min_p: float | None = option(None, "keep tokens at least this likely relative to the best", low=0, high=1)
-    repetition_penalty: float | None = option(None, "divides (multiplies) positive (negative) logits of tokens seen in prompt or output", above=0)
+    repetition_penalty: float | None = option(
+        None, "divides (multiplies) positive (negative) logits of tokens seen in prompt or output", above=0
+    )
     presence_penalty: float | None = option(None, "subtracted from logits of tokens in the output", low=-2, high=2)
     frequency_penalty: float | None = option(None, "subtracted once for each time a token is in the output", low=-2, high=2)
     logit_bias: dict[int, float] | None = option(None, "added to the logits of these token ids")
     stop: list[str] | None = option(None, "strings that end the output; they are cut off")
     stop_token_ids: list[int] | None = option(None, "token ids that end the output")
     ignore_eos: bool | None = option(None, "go on after the model's end token")
-    logprobs: int | None = option(None, "raw log-probabilities (of the logits as the model gave them) of each token and of this many best", low=0, high=64)
+    logprobs: int | None = option(
+        None, "raw log-probabilities (of the logits as the model gave them) of each token and of this many best", low=0, high=64
+    )
     seed: int | None = option(None, "seed of the noise; default: drawn for each request", low=0, high=2**63 - 1)
     skip_special_tokens: bool | None = option(None, "leave special tokens out of the text")
 

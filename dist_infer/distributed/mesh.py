@@ -95,7 +95,7 @@ def choose_mesh(
         else:
             limit = min(heads or rest, rest)
             tp = max(size for size in range(1, limit + 1) if math.gcd(rest, ranks_per_node) % size == 0)
-            if world_size > 1:
+            if rest > 1:
                 reasons.append(f"tp over the ranks of a node ({ranks_per_node})")
         rest //= tp
     if heads is not None and tp > heads:

@@ -26,6 +26,8 @@ LEAVE_S = 10.0  # how long rank 0 waits for ranks that have not left yet
 FAILED_LEAVE_S = 2.0  # the same when a rank failed
 PREFIX = "dist_infer"
 
+START_S = 120.0  # ranks may take so long to start, however short parallel.timeout_s: importing torch from a busy disk does
+
 
 class World:
     """All ranks of this run, made by `join`. Close it, or use it as a context manager.
@@ -52,7 +54,7 @@ class World:
         self.rank, self.size = variables.rank, variables.world_size
         self.local_rank, self.local_size = variables.local_rank, variables.local_world_size
         self.device, self.store = device, store
-        self._timeout_s, self._local_ranks = timeout_s, local_ranks
+        self._timeout_s, self._local_ranks = max(timeout_s, START_S), local_ranks
         self._exchanges: Counter[str] = Counter()
         self._owns_group = self._serves_store = False
         self._threads: int | None = None
@@ -60,6 +62,7 @@ class World:
         self.watchdog = Watchdog(0, self.hosts, None, 1.0)
         if store is not None:
             records = self._exchange("host", asdict(self.hosts[0]), range(self.size), self._check_start)
+            self._timeout_s = timeout_s
             self.hosts = tuple(Host(**record) for record in records)
         gpus = [(host.boot_id, host.gpu) for host in self.hosts]
         self.backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and len(set(gpus)) == self.size else "gloo"
@@ -196,7 +199,7 @@ class World:
         here = ", ".join(str(rank) for rank, there in zip(ranks, came, strict=True) if there)
         gone = ", ".join(str(rank) for rank, there in zip(ranks, came, strict=True) if not there)
         look = "look at these ranks' own output, and whether their hosts reach MASTER_ADDR:MASTER_PORT"
-        return f"rank {gone} did not come to '{topic}' within parallel.timeout_s={self._timeout_s:g} s (rank {here} did); {look}"
+        return f"rank {gone} did not come to '{topic}' within {self._timeout_s:g} s (rank {here} did); {look}"
 
     def _check_start(self) -> None:
         """Raise if a rank that we started has ended before it came."""
@@ -276,7 +279,7 @@ def _serve_locally(size: int, timeout_s: float) -> dist.TCPStore:
     """A store that only this machine can reach, at a port that is free."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=4 * size)
     port = listener.getsockname()[1]
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=max(timeout_s, START_S))
     return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach())
 
 
@@ -285,7 +288,7 @@ def _connect(variables: RankVariables, timeout_s: float) -> tuple[dist.Store, bo
     serves = variables.rank == 0 and not variables.agent_store
     address = (variables.master_addr, variables.master_port)
     try:
-        store = dist.TCPStore(*address, is_master=serves, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+        store = dist.TCPStore(*address, is_master=serves, wait_for_workers=False, timeout=timedelta(seconds=max(timeout_s, START_S)))
     except RuntimeError as error:
         where = f"{address[0]}:{address[1]}"
         problem = f"rank {variables.rank} cannot {'serve' if serves else 'reach'} the store at {where}"

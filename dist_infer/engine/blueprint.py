@@ -60,9 +60,9 @@ class Blueprint:
     @classmethod
     def around(cls, options: Options, config: ModelConfig, checkpoint: Checkpoint | None = None, tokenizer: Any = None) -> Blueprint:
         """The blueprint of a model whose configuration is known."""
-        longest = options.engine.max_model_len or config.max_position
-        if longest > config.max_position:
-            raise ValueError(f"engine.max_model_len={longest}: the model takes at most {config.max_position} tokens")
+        longest = options.engine.max_model_len or config.longest
+        if longest > config.longest:
+            raise ValueError(f"engine.max_model_len={longest}: the model takes at most {config.longest} tokens")
         file = checkpoint.generation_config() if checkpoint is not None else None
         generation = defaults_from_generation_config(json.loads(file.read_text(encoding="utf-8")) if file is not None else {})
         name = options.model.dtype
@@ -99,7 +99,9 @@ class Blueprint:
         if place is None:
             return None
         if named is not None and Path(named).is_dir() and not any(Path(named).glob("tokenizer*")):
-            raise FileNotFoundError(f"model.tokenizer={named}: the directory holds no tokenizer.json, tokenizer_config.json or tokenizer.model")
+            raise FileNotFoundError(
+                f"model.tokenizer={named}: the directory holds no tokenizer.json, tokenizer_config.json or tokenizer.model"
+            )
         from transformers import AutoTokenizer
 
         logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -218,9 +218,7 @@ class Engine:
         detokenizer = None
         if self.tokenizer is not None:
             detokenizer = Detokenizer(self.tokenizer, tokens, bool(request.params.skip_special_tokens))
-        stop = StopRule(
-            request.params, prompt_len=prompt_len, model_len=self.max_model_len, eos_ids=self.eos_ids, detokenizer=detokenizer
-        )
+        stop = StopRule(request.params, prompt_len=prompt_len, model_len=self.max_model_len, eos_ids=self.eos_ids, detokenizer=detokenizer)
         return Sequence(request, index, slot_params, stop, tokens, prompt_len, parent)
 
     def _send(self, step: Step) -> None:
@@ -282,9 +280,7 @@ class Engine:
             return []
         return [TokenLogprob(token, logprob if logprob is not None else 0.0, dict(top[:wanted]))]
 
-    def _append(
-        self, sequence: Sequence, token: int, resolved_logprob: float | None, deltas: list[Delta], results: list[Result]
-    ) -> None:
+    def _append(self, sequence: Sequence, token: int, resolved_logprob: float | None, deltas: list[Delta], results: list[Result]) -> None:
         """Add a decided token to its sequence."""
         if sequence.finished:
             return
@@ -330,7 +326,12 @@ class Engine:
             usage = Usage(len(request.token_ids), 0, first.cached)
             return Result(request.id, request.index, score=Score(sum(values), first.greedy, values), usage=usage)
         outputs = [
-            Output(s.text if self.tokenizer is not None else None, s.output, s.finish_reason, s.logprobs if s.slot_params.logprobs >= 0 else None)
+            Output(
+                s.text if self.tokenizer is not None else None,
+                s.output,
+                s.finish_reason,
+                s.logprobs if s.slot_params.logprobs >= 0 else None,
+            )
             for s in group.sequences
         ]
         seed = request.seed if request.params.seed is None else request.params.seed
@@ -364,4 +365,3 @@ class Engine:
                 if self._following and time.monotonic() - self._stepped >= interval:
                     self.runner.send(Step(Kind.HEARTBEAT))
                     self._stepped = time.monotonic()
-

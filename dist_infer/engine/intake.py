@@ -26,14 +26,14 @@ class Intake:
     def request(self, prompt: Prompt, params: SamplingParams | None = None, identifier: str | None = None, index: int = 0) -> Request:
         """A request to continue a text, a list of token ids, or a chat (a list of messages with role and content)."""
         if isinstance(prompt, str):
-            tokens = self.text(prompt)
-        elif prompt and isinstance(prompt[0], dict):
-            tokens = self.messages(prompt)
+            kind = "prompt"
         else:
-            tokens = self.token_ids(prompt, "prompt_token_ids")
-        return self._make(tokens, params or SamplingParams(), identifier, index)
+            kind = "messages" if len(prompt) > 0 and isinstance(prompt[0], dict) else "prompt_token_ids"
+        return self._make(self._tokens(kind, prompt), params or SamplingParams(), identifier, index)
 
-    def score(self, context: str | Sequence[int], continuation: str | Sequence[int], identifier: str | None = None, index: int = 0) -> Request:
+    def score(
+        self, context: str | Sequence[int], continuation: str | Sequence[int], identifier: str | None = None, index: int = 0
+    ) -> Request:
         """A request to score `continuation` after `context`, both text or both token ids; the context may be empty."""
         if isinstance(context, str) and isinstance(continuation, str):
             before, after = self._pair(context, continuation)
@@ -58,10 +58,7 @@ class Intake:
         wanted = str if kind == "prompt" else list
         if not isinstance(prompt, wanted):
             raise ValueError(f"{kind} must be a {'string' if wanted is str else 'list'}, not {type(prompt).__name__}")
-        if kind == "messages":
-            tokens = self.messages(prompt)
-        else:
-            tokens = self.text(prompt) if kind == "prompt" else self.token_ids(prompt, kind)
+        tokens = self._tokens(kind, prompt)
         return self._make(tokens, self._params(data.get("sampling", {})), _identifier(data, index), index)
 
     def score_line(self, data: Any, index: int) -> Request:
@@ -103,6 +100,12 @@ class Intake:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
                 raise ValueError(f"{name}: {token!r} is no token id; the model's are 0 to {vocab_size - 1}")
         return list(tokens)
+
+    def _tokens(self, kind: str, prompt: Any) -> list[int]:
+        """Token ids of a prompt of any of `PROMPT_KEYS`."""
+        if kind == "prompt":
+            return self.text(prompt)
+        return self.messages(prompt) if kind == "messages" else self.token_ids(prompt, kind)
 
     def _make(self, tokens: list[int], given: SamplingParams, identifier: str | None, index: int) -> Request:
         params = self.blueprint.params(given)

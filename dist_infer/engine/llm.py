@@ -104,7 +104,11 @@ class LLM:
             for piece in weight.pieces:
                 mapping = dialect.map(piece.name, config)
                 if mapping.tensor in tensors:
-                    rows = [row for part in mapping.rows(0, piece.shape[0]) for row in range(part.stored, part.stored + part.step * part.length, part.step)]
+                    rows = [
+                        row
+                        for part in mapping.rows(0, piece.shape[0])
+                        for row in range(part.stored, part.stored + part.step * part.length, part.step)
+                    ]
                     canonical[piece.name] = _whole(tensors[mapping.tensor], rows if mapping.pairs else None)
         if options.model.dtype == "auto":
             options.model.dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")

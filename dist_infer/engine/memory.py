@@ -51,9 +51,10 @@ class KVPlan:
         if blocks < longest:
             fits = max(blocks, 0) * size
             if options.kv_cache_gib is not None or options.max_model_len is not None or fits < 2:
+                shorter = f"engine.max_model_len={fits} or lower, or " if fits >= 2 else ""
                 raise ValueError(
                     f"the KV cache ({_gib(budget)}) holds {fits} tokens, but one sequence may have {max_model_len}: "
-                    f"set engine.max_model_len={max(fits, 2)} or lower, or engine.kv_cache_gib={(longest + 1) * block_bytes / GIB:.2g} or higher"
+                    f"set {shorter}engine.kv_cache_gib={(longest + 1) * block_bytes / GIB:.2g} or higher"
                 )
             max_model_len = fits
         tokens = blocks * size * fsdp
@@ -91,4 +92,4 @@ def _left_in_cgroup(default: int) -> int:
 
 
 def _gib(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 100 else f"{count / 2**20:.2f} MiB"
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 100 else f"{count / 2**20:.3g} MiB"

@@ -8,6 +8,7 @@ sent back for another, and any sequence fits the pool alone, so every one ends.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections import deque
 from collections.abc import Callable
@@ -64,7 +65,7 @@ class Scheduler:
 
     def __init__(self, options: EngineOptions, allocators: list[BlockAllocator], rope: RopeRules) -> None:
         self.options, self.allocators, self.rope = options, allocators, rope
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: deque[Sequence] = deque()  # in order of arrival
         self.running: list[list[Sequence]] = [[] for _ in allocators]
         self._slots = list(range(options.max_sequences * len(allocators)))
         self._frees: list[int] = []
@@ -125,18 +126,17 @@ class Scheduler:
         """Assert that blocks and slots are all accounted for."""
         for owner, allocator in enumerate(self.allocators):
             allocator.check([sequence.blocks for sequence in self.running[owner]])
-        held = [sequence.slot for running in self.running for sequence in running]
+        held = [sequence.slot for running in self.running for sequence in running if sequence.slot is not None]
         assert sorted([*held, *self._slots]) == list(range(self.options.max_sequences * len(self.allocators))), "a slot is lost"
 
     def _continue_running(self, owner: int, budgets: list[int], entries: dict[Sequence, Entry]) -> bool:
-        """Give every running sequence of `owner` its span, decodes first; returns whether one was sent back."""
+        """Give every running sequence of `owner` its span, decodes first; returns whether blocks ran out."""
         preempted = False
         for sequence in sorted(self.running[owner], key=lambda s: (s.missing > 1, s.arrival)):
             if sequence.slot is None:
                 continue  # sent back for an older one
             if self.rope.outgrown(sequence):
-                self._preempt(sequence, entries, budgets)
-                preempted = True
+                self._preempt(sequence, entries, budgets)  # may come back in this very step: blocks are not short
                 continue
             length = self._chunk(sequence, budgets[owner])
             if not length:
@@ -175,6 +175,8 @@ class Scheduler:
         parent = sequence.parent
         if parent is None or parent.owner is None or parent.finished or len(sequence.tokens) > sequence.prompt_len:
             return False
+        if self.rope.regime(parent.rope_anchor) != self.rope.regime(self.rope.anchor(sequence)):
+            return False  # the parent has outgrown its prompt's regime
         owner, allocator = parent.owner, self.allocators[parent.owner]
         computed = sequence.prompt_len - 1
         shared = computed // self.options.block_size
@@ -215,7 +217,8 @@ class Scheduler:
         _, sequence.owner, found = best
         self.allocators[sequence.owner].share(found)
         sequence.blocks = found
-        sequence.computed = sequence.cached = len(found) * size
+        sequence.computed = len(found) * size
+        sequence.cached = min(sequence.computed, sequence.prompt_len)
         grown = self._grow(sequence, sequence.computed + self._chunk(sequence, budgets[sequence.owner]))
         assert grown
         return True
@@ -266,12 +269,12 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence, entries: dict[Sequence, Entry], budgets: list[int]) -> None:
-        """Send `sequence` back to the front of the queue."""
+        """Send `sequence` back to its place in the queue, before all that came later."""
         entry = entries.pop(sequence, None)
         if entry is not None and sequence.owner is not None:
             budgets[sequence.owner] += entry.length
         self._withdraw(sequence)
-        self.waiting.appendleft(sequence)
+        bisect.insort(self.waiting, sequence, key=lambda s: s.arrival)
         self.preemptions += 1
 
     def _withdraw(self, sequence: Sequence) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 import time
@@ -73,6 +72,10 @@ class Session:
         try:
             self.mesh = Mesh(self.world, shape, options.parallel)
             if self.is_conductor:
+                if self.blueprint.checkpoint is not None and self.blueprint.checkpoint.note:
+                    self._say(self.blueprint.checkpoint.note)
+                for warning in self.blueprint.generation.warnings:
+                    self._say(f"generation_config.json: {warning}")
                 self._say(why)
             self._load(weights)
         except BaseException as error:
@@ -149,7 +152,7 @@ class Session:
             "identity": checkpoint.identity if checkpoint is not None else None,
             "topology": {"replicas": shape.replicas, "fsdp": shape.fsdp, "tp": shape.tp, "device": self.world.device.type},
             "dtype": str(self.blueprint.dtype).removeprefix("torch."),
-            "options": {key: value for key, value in self.options.to_json().items() if key not in ("prompts", "input", "output", "system")},
+            "options": self.options.changed(),
             "versions": {name: importlib.metadata.version(name) for name in ("dist_infer", "torch", "transformers")}
             | {"python": platform.python_version()},
         }
@@ -170,9 +173,7 @@ class Session:
             parts.append(f"decode {s.decode_tokens / s.decode_seconds:,.0f} tokens/s")
         return " | ".join(parts)
 
-    def _meet(
-        self, make: Callable[[], Blueprint], check: Callable[[Blueprint], None] | None
-    ) -> tuple[World, Blueprint, MeshShape, str]:
+    def _meet(self, make: Callable[[], Blueprint], check: Callable[[Blueprint], None] | None) -> tuple[World, Blueprint, MeshShape, str]:
         """Check all that is cheap and meet the other ranks, in whichever order lets everyone hear of a mistake."""
         options = self.options
         found: tuple[Blueprint, MeshShape, str] | None = None
@@ -233,9 +234,7 @@ class Session:
         return shape, why
 
     def _plan_kv(self, blueprint: Blueprint, shape: MeshShape, free: int) -> KVPlan:
-        return KVPlan.make(
-            blueprint.config, shape.tp, shape.fsdp, blueprint.dtype, self.options.engine, blueprint.max_model_len, free
-        )
+        return KVPlan.make(blueprint.config, shape.tp, shape.fsdp, blueprint.dtype, self.options.engine, blueprint.max_model_len, free)
 
     def _load(self, weights: Mapping[str, Callable[[], Tensor]] | None) -> None:
         """Weights, KV cache, and on the leader the engine."""
@@ -249,7 +248,7 @@ class Session:
             assert blueprint.checkpoint is not None
             total = sum(tensor.numel() for tensor in shard.destinations().values())
             with self._progress(total, "loading") as bar:
-                report = shard.load(blueprint.checkpoint, options.loader, bar.update)
+                report = shard.load(blueprint.checkpoint, options.loader, lambda count: bar.update(count) and None)
             requested = report.bytes_requested
         if options.engine.pack_weights:
             shard.pack()

@@ -28,7 +28,9 @@ IntArray = np.ndarray
 class KVCache:
     """The KV blocks of one rank: its KV heads (tp) of its sequences (fsdp). Block 0 belongs to nobody."""
 
-    def __init__(self, layers: int, blocks: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, layers: int, blocks: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         shape = (blocks, kv_heads, block_size, head_dim)
         self.block_size = block_size
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
@@ -191,9 +193,7 @@ def attend_decodes(q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan,
     probabilities = torch.softmax(scores + plan.decode_mask(window), dim=-1).to(q.dtype)
     probabilities = probabilities.view(spans, kv_heads, group, width, block_size).permute(0, 3, 1, 2, 4)
     probabilities = probabilities.reshape(spans * width, -1).index_select(0, decodes.to_pairs)
-    outputs = torch.bmm(
-        probabilities.view(pairs * kv_heads, group, block_size), values.reshape(pairs * kv_heads, block_size, head_dim)
-    )
+    outputs = torch.bmm(probabilities.view(pairs * kv_heads, group, block_size), values.reshape(pairs * kv_heads, block_size, head_dim))
     # Padding and foreign pairs carry somebody else's output: drop them before summing over a span's blocks.
     outputs = outputs.view(pairs, -1).index_select(0, decodes.to_spans).view(spans, width, -1)
     if width > 1:
@@ -228,8 +228,8 @@ class Attention(nn.Module):
         self.head_dim, self.window = config.head_dim, config.window(layer)
         self.scale = config.head_dim**-0.5
         self.qkv = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, config.qkv_bias)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(self.head_dim, config.head_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.head_norm_eps) if config.qk_norm else None
         self.output = RowParallelLinear(self.heads * self.head_dim, config.hidden_size, config.output_bias, tp)
         self.group, self.places = _group_places(config, cut, device)
 

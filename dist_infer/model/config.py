@@ -31,11 +31,23 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_eps: float | None = None
     sliding_windows: tuple[int | None, ...] = ()
     dtype: str | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
+    @property
+    def head_norm_eps(self) -> float:
+        """Epsilon of the query and key norms: the model's own unless the trainer has another for them."""
+        return self.norm_eps if self.qk_norm_eps is None else self.qk_norm_eps
+
     def window(self, layer: int) -> int | None:
         """How many tokens back layer `layer` sees, itself included; None for all."""
         return self.sliding_windows[layer] if self.sliding_windows else None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence it takes: `dynamic` rotary scaling stretches `max_position` by its factor."""
+        factor = self.rope["factor"] if self.rope.get("rope_type") == "dynamic" else 1
+        return int(self.max_position * factor)

@@ -44,7 +44,11 @@ class Linear(nn.Module):
 
 def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN has a faster layout for this weight (16-bit types on CPU, where the operators exist)."""
-    return weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.bfloat16, torch.float16)
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    )
 
 
 class RowParallelLinear(Linear):

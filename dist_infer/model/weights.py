@@ -119,7 +119,9 @@ def describe(config: ModelConfig, tp: int = 1, rank: int = 0) -> Iterator[Weight
         if config.qk_norm:
             yield _whole(f"{ours}.attention.q_norm.weight", f"{theirs}.self_attn.q_norm.weight", (head_dim,))
             yield _whole(f"{ours}.attention.k_norm.weight", f"{theirs}.self_attn.k_norm.weight", (head_dim,))
-        yield from _rows(f"{ours}.attention.output", f"{theirs}.self_attn.o_proj", hidden, config.heads * head_dim, q_rows, config.output_bias)
+        yield from _rows(
+            f"{ours}.attention.output", f"{theirs}.self_attn.o_proj", hidden, config.heads * head_dim, q_rows, config.output_bias
+        )
         yield _whole(f"{ours}.mlp_norm.weight", f"{theirs}.post_attention_layernorm.weight", (hidden,))
         yield from _columns(f"{ours}.mlp.gate_up", mlp, hidden, config.mlp_bias)
         yield from _rows(f"{ours}.mlp.down", f"{theirs}.mlp.down_proj", hidden, config.ffn_size, ffn, config.mlp_bias)

@@ -1,0 +1,40 @@
+"""The model the benchmarks run: 303 million random weights in bfloat16, as a trainer's checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 32_000
+
+
+def make_model(seed: int = 0) -> LlamaForCausalLM:
+    """A Llama of 24 layers with a tied head; random, so its logits are flat and its greedy tokens easily moved."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="sdpa",
+        dtype="bfloat16",
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def write_checkpoint(model: LlamaForCausalLM, directory: Path) -> None:
+    """Save `model` as a DCP directory with its configuration beside the shards."""
+    weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    dcp.save({"model": weights}, checkpoint_id=directory, no_dist=True)
+    (directory / "config.json").write_text(model.config.to_json_string(use_diff=False))

@@ -1,0 +1,296 @@
+"""The scheduler and the block allocators under random traffic, seen through the workers' eyes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from dist_infer.config.engine import EngineOptions
+from dist_infer.engine.blocks import BlockAllocator
+from dist_infer.engine.request import Request, TokenLogprob
+from dist_infer.engine.scheduler import Entry, RopeRules, Scheduler
+from dist_infer.engine.sequence import Sequence
+from dist_infer.engine.step import Step
+from dist_infer.sampling.slots import SlotParams
+
+ROPE_THRESHOLD = 8
+LONGEST = 24  # tokens of a sequence
+BASES = ([0] * LONGEST, [0, 1] * LONGEST, [1, 1, 0] * LONGEST)  # prompts are beginnings of these, so that prefixes are shared
+
+Content = tuple[int, int, int]  # token, position, rotary regime
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run is made of."""
+
+    owners: int = 1
+    block_size: int = 4
+    spare_blocks: int = 0  # more than the longest sequence needs
+    max_batch_tokens: int = 8
+    max_sequences: int = 4
+    prefix_cache: bool = True
+    chunked_prefill: bool = True
+    rope: str = "default"
+
+    @property
+    def options(self) -> EngineOptions:
+        return EngineOptions(
+            block_size=self.block_size,
+            max_batch_tokens=self.max_batch_tokens,
+            max_sequences=self.max_sequences,
+            prefix_cache=self.prefix_cache,
+            chunked_prefill=self.chunked_prefill,
+        )
+
+    @property
+    def blocks(self) -> int:
+        return 1 + -(-LONGEST // self.block_size) + self.spare_blocks
+
+    @property
+    def rules(self) -> RopeRules:
+        return RopeRules(self.regime, ROPE_THRESHOLD if self.rope == "longrope" else None)
+
+    def regime(self, length: int) -> int:
+        """As `Rotary.regime`."""
+        if self.rope == "default" or length <= ROPE_THRESHOLD:
+            return 0
+        return 1 if self.rope == "longrope" else length
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that arrives `after` steps from the one before."""
+
+    base: int = 0
+    prompt: int = 6
+    n: int = 1
+    outputs: int = 4
+    after: int = 0
+    score_from: int | None = None
+    cancel_after: int | None = None
+    late_tokens: bool = False  # some tokens are decided one step late
+
+
+class Workers:
+    """All ranks of a replica, as the steps describe them; of a KV block they store which tokens it holds."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.owner: dict[int, int] = {}  # of the live slots
+        self.anchor: dict[int, int] = {}
+        self.table: dict[int, list[int]] = {}
+        self.cache: dict[tuple[int, int, int], Content] = {}
+
+    def execute(self, step: Step) -> list[list[Content]]:
+        """Apply a step; returns for each span what attention would read: its whole context."""
+        size = self.limits.block_size
+        for slot in step.frees:
+            del self.owner[slot], self.anchor[slot], self.table[slot]
+        for a in step.admissions:
+            assert a.slot not in self.owner, "a slot is used twice"
+            assert 0 <= a.slot < self.limits.owners * self.limits.max_sequences
+            self.owner[a.slot], self.anchor[a.slot], self.table[a.slot] = a.owner, a.rope_anchor, []
+        for t in step.tables:
+            assert t.first == len(self.table[t.slot]) and 0 not in t.blocks
+            self.table[t.slot] += t.blocks
+        for owner, source, target in step.copies:
+            assert self._holders(owner, source) >= 1 and self._holders(owner, target) == 1
+            for offset in range(size):
+                self.cache[owner, target, offset] = self.cache.get((owner, source, offset), (-1, -1, -1))
+        for span in step.spans:
+            owner, table = self.owner[span.slot], self.table[span.slot]
+            for position, token in enumerate(span.tokens, span.start):
+                block = table[position // size]
+                assert self._holders(owner, block) == 1, "a block that is shared is written to"
+                content = token, position, self.limits.regime(max(self.anchor[span.slot], position + 1))
+                self.cache[owner, block, position % size] = content
+        return [
+            [self.cache[self.owner[s.slot], self.table[s.slot][p // size], p % size] for p in range(s.start + len(s.tokens))]
+            for s in step.spans
+        ]
+
+    def _holders(self, owner: int, block: int) -> int:
+        return sum(table.count(block) for slot, table in self.table.items() if self.owner[slot] == owner)
+
+
+@dataclass
+class Run:
+    """The leader's loop without a model: drives a scheduler through `jobs` and checks every step."""
+
+    limits: Limits
+    jobs: list[Job]
+    late: list[Sequence] = field(default_factory=list)
+    alive: list[Sequence] = field(default_factory=list)
+    done: list[Sequence] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        limits = self.limits
+        self.allocators = [BlockAllocator(limits.blocks, limits.block_size, limits.prefix_cache) for _ in range(limits.owners)]
+        self.scheduler = Scheduler(limits.options, self.allocators, limits.rules)
+        self.workers = Workers(limits)
+        self.wanted: dict[Sequence, Job] = {}
+        self.cancel_at: dict[int, list[Sequence]] = defaultdict(list)
+        self.steps = 0
+
+    def run(self) -> Run:
+        arrivals = list(self.jobs)
+        due = arrivals[0].after if arrivals else 0
+        patience = 0
+        while arrivals or self.scheduler.busy:
+            while arrivals and due <= self.steps:
+                self.arrive(arrivals.pop(0))
+                due += arrivals[0].after if arrivals else 0
+                patience = self.steps + 50 + 4 * sum(len(s.tokens) + self.wanted[s].outputs for s in self.alive)
+            for sequence in self.cancel_at[self.steps]:
+                if not sequence.finished:
+                    self.end(sequence, "cancelled")
+            if self.scheduler.busy:
+                self.step()
+                assert not self.alive or self.steps < patience or arrivals, "a sequence starves"
+            self.steps += 1
+        self.scheduler.check()
+        assert not self.alive and len(self.done) == len(self.wanted)
+        for allocator in self.allocators:
+            assert allocator.available == allocator.total, "a block is not given back"
+        step, _ = self.scheduler.schedule()
+        self.workers.execute(step)
+        assert not self.workers.table, "the workers still hold a slot"
+        return self
+
+    def arrive(self, job: Job) -> None:
+        tokens = BASES[job.base][: job.prompt]
+        request = Request("", tokens, score_from=job.score_from)
+        parent: Sequence | None = None
+        for index in range(1 if job.score_from is not None else job.n):
+            prompt_len = len(tokens) - (job.score_from is not None)
+            sequence = Sequence(request, index, SlotParams(prompt_len=prompt_len), None, list(tokens), prompt_len, parent)
+            parent = parent or sequence
+            self.wanted[sequence] = job
+            self.alive.append(sequence)
+            if job.cancel_after is not None:
+                self.cancel_at[self.steps + job.cancel_after].append(sequence)
+            self.scheduler.add(sequence)
+
+    def step(self) -> None:
+        scheduler, late = self.scheduler, self.late
+        self.late = []
+        before = {s: s.owner for running in scheduler.running for s in running}
+        outgrown = {s for s in before if self.limits.rules.outgrown(s)}
+        step, entries = scheduler.schedule()
+        assert step.spans or late, "a step without work"
+        self.check_preemptions(before, outgrown)
+        decoded = Step.decode(step.encode())
+        assert decoded == step
+        self.check_budgets(entries)
+        for entry, span, context in zip(entries, decoded.spans, self.workers.execute(decoded), strict=True):
+            self.check_context(entry, context)
+            assert span.tokens and span.rows == entry.rows
+        scheduler.check()
+        scheduler.commit(entries)
+        for sequence in late:
+            self.append(sequence)
+        for entry in entries:
+            self.answer(entry)
+        scheduler.check()
+
+    def check_preemptions(self, before: dict[Sequence, int | None], outgrown: set[Sequence]) -> None:
+        for sequence, owner in before.items():
+            if sequence.slot is None and sequence not in outgrown:
+                still = [s for s in before if s.owner == owner and s.slot is not None]
+                assert still, "sent back although it is alone"
+                assert all(s.arrival < sequence.arrival for s in still), "an older sequence is sent back for a younger one"
+        queue = [s.arrival for s in self.scheduler.waiting]
+        assert queue == sorted(queue), "the queue is out of order"
+
+    def check_budgets(self, entries: list[Entry]) -> None:
+        by_owner = defaultdict(list)
+        for entry in entries:
+            by_owner[entry.sequence.owner].append(entry.length)
+        for lengths in by_owner.values():
+            assert len(lengths) <= self.limits.max_sequences
+            alone = len(lengths) == 1 and not self.limits.chunked_prefill
+            assert sum(lengths) <= self.limits.max_batch_tokens or alone, "more tokens than a step may hold"
+        if not self.limits.chunked_prefill:
+            assert all(e.sequence.missing == e.length for e in entries), "a prompt is split"
+
+    def check_context(self, entry: Entry, context: list[Content]) -> None:
+        sequence = entry.sequence
+        assert len(context) == sequence.computed + entry.length
+        for position, content in enumerate(context):
+            # As one forward pass over all tokens would have it; dynamic scaling remembers the length of the prompt.
+            length = max(sequence.prompt_len, position + 1)
+            if self.limits.rope == "longrope":
+                length = len(sequence.tokens)
+            assert content == (sequence.tokens[position], position, self.limits.regime(length)), "the cache holds something else"
+
+    def answer(self, entry: Entry) -> None:
+        sequence = entry.sequence
+        if sequence.scored:
+            end = sequence.computed + 1
+            for position in range(end - entry.rows, end):
+                sequence.logprobs.append(TokenLogprob(sequence.tokens[position], float(position)))
+            if end == len(sequence.tokens):
+                self.end(sequence, "scored")
+        elif entry.rows:
+            assert sequence.computed == len(sequence.tokens)
+            if self.wanted[sequence].late_tokens and (sequence.arrival + sequence.computed) % 3 == 0:
+                self.late.append(sequence)
+            else:
+                self.append(sequence)
+
+    def append(self, sequence: Sequence) -> None:
+        if sequence.finished:
+            return
+        base = BASES[self.wanted[sequence].base]
+        sequence.tokens.append(base[len(sequence.tokens)] if sequence.index % 2 == 0 else len(sequence.tokens) % 2)
+        if len(sequence.output) == self.wanted[sequence].outputs:
+            self.end(sequence, "length")
+
+    def end(self, sequence: Sequence, reason: str) -> None:
+        sequence.finish_reason = reason
+        self.scheduler.remove(sequence)
+        self.alive.remove(sequence)
+        self.done.append(sequence)
+        job = self.wanted[sequence]
+        if reason == "scored":
+            assert job.score_from is not None
+            assert [int(entry.logprob) for entry in sequence.logprobs] == list(range(job.score_from, job.prompt)), "scored once each"
+
+
+limits = st.builds(
+    Limits,
+    owners=st.integers(1, 3),
+    block_size=st.sampled_from([1, 2, 3, 4, 8, 32]),
+    spare_blocks=st.integers(0, 6),
+    max_batch_tokens=st.integers(1, 30),
+    max_sequences=st.integers(1, 6),
+    prefix_cache=st.booleans(),
+    chunked_prefill=st.booleans(),
+    rope=st.sampled_from(["default", "dynamic", "longrope"]),
+)
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> Job:
+    prompt = draw(st.integers(1, LONGEST - 1))
+    return Job(
+        base=draw(st.integers(0, len(BASES) - 1)),
+        prompt=prompt,
+        n=draw(st.sampled_from([1, 1, 2, 5])),
+        outputs=draw(st.integers(1, LONGEST - prompt)),
+        after=draw(st.sampled_from([0, 0, 0, 1, 3, 7])),
+        score_from=draw(st.one_of(st.none(), st.none(), st.integers(1, prompt - 1))) if prompt > 1 else None,
+        cancel_after=draw(st.sampled_from([None, None, None, None, 0, 2, 5])),
+        late_tokens=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=6000, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(limits=limits, jobs=st.lists(jobs(), min_size=1, max_size=10))
+def test_random_traffic(limits: Limits, jobs: list[Job]) -> None:
+    Run(limits, jobs).run()
