@@ -107,7 +107,7 @@ def load(
     coordinate: int,
     destinations: Mapping[str, torch.Tensor],
     options: LoaderOptions,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> LoadReport:
     """Read what fsdp coordinate `coordinate` of `fsdp` holds of `weights` into `destinations`.
 

@@ -55,7 +55,7 @@ def read_all(
     reads: Iterable[Read],
     destinations: Mapping[str, torch.Tensor],
     threads: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> LoadReport:
     """Fill `destinations` by making `reads`.
 
@@ -130,7 +130,7 @@ class _Job:
     """One load, worked on by several threads."""
 
     def __init__(
-        self, root: Path, todo: deque[Batch], destinations: Mapping[str, torch.Tensor], progress: Callable[[int], None] | None
+        self, root: Path, todo: deque[Batch], destinations: Mapping[str, torch.Tensor], progress: Callable[[int], object] | None
     ) -> None:
         self.root, self.todo, self.progress = root, todo, progress
         self.flat = {name: tensor.detach().view(-1) for name, tensor in destinations.items()}

@@ -53,7 +53,7 @@ class ModelShard:
             assert local[weight.parameter].shape == held, f"{weight.parameter} is {local[weight.parameter].shape}, described as {held}"
         return local
 
-    def load(self, checkpoint: Checkpoint, options: LoaderOptions, progress: Callable[[int], None] | None = None) -> LoadReport:
+    def load(self, checkpoint: Checkpoint, options: LoaderOptions, progress: Callable[[int], object] | None = None) -> LoadReport:
         """Fill the shard from a checkpoint that matches the model; reads only this rank's bytes."""
         coordinate = self.mesh.coordinates.fsdp
         return load(checkpoint, self.config, self.weights, self.mesh.shape.fsdp, coordinate, self.destinations(), options, progress)

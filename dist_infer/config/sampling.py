@@ -63,8 +63,10 @@ class SamplingParams:
             raise ValueError(f"sampling.min_tokens={self.min_tokens}: must be at most max_tokens={self.max_tokens}")
 
     def over(self, defaults: SamplingParams) -> SamplingParams:
-        """These parameters, with `defaults` wherever they are silent."""
+        """These parameters, with `defaults` wherever they are silent; a default `min_tokens` gives way to `max_tokens`."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        if self.max_tokens is not None and self.min_tokens is None and defaults.min_tokens is not None:
+            given["min_tokens"] = min(defaults.min_tokens, self.max_tokens)
         return replace(defaults, **given)
 
     def resolved(self) -> SamplingParams:

@@ -52,9 +52,10 @@ class KVPlan:
             fits = max(blocks, 0) * size
             if options.kv_cache_gib is not None or options.max_model_len is not None or fits < 2:
                 shorter = f"engine.max_model_len={fits} or lower, or " if fits >= 2 else ""
+                enough = 1.01 * (longest + 1) * block_bytes / GIB  # more than what three digits round off
                 raise ValueError(
                     f"the KV cache ({_gib(budget)}) holds {fits} tokens, but one sequence may have {max_model_len}: "
-                    f"set {shorter}engine.kv_cache_gib={(longest + 1) * block_bytes / GIB:.2g} or higher"
+                    f"set {shorter}engine.kv_cache_gib={enough:.3g} or higher"
                 )
             max_model_len = fits
         tokens = blocks * size * fsdp

@@ -61,9 +61,9 @@ class Sequence:
 
     @property
     def first_row(self) -> int:
-        """First position whose logits are wanted."""
+        """First position whose logits are wanted; tokens scored before a sequence was sent back are not scored again."""
         score_from = self.request.score_from
-        return len(self.tokens) - 1 if score_from is None else score_from - 1
+        return len(self.tokens) - 1 if score_from is None else score_from - 1 + len(self.logprobs)
 
     @property
     def missing(self) -> int:

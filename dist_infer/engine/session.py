@@ -248,7 +248,7 @@ class Session:
             assert blueprint.checkpoint is not None
             total = sum(tensor.numel() for tensor in shard.destinations().values())
             with self._progress(total, "loading") as bar:
-                report = shard.load(blueprint.checkpoint, options.loader, lambda count: bar.update(count) and None)
+                report = shard.load(blueprint.checkpoint, options.loader, bar.update)
             requested = report.bytes_requested
         if options.engine.pack_weights:
             shard.pack()

@@ -2,7 +2,7 @@
 
 A step travels from the leader to every worker in one broadcast. It says only what has changed:
 sequences admitted to slots and slots freed, additions to block tables, blocks to copy, and for
-every sequence that takes part its span of tokens. Layout: eight header words, then the sections in
+every sequence that takes part its span of tokens. Layout: nine header words, then the sections in
 the order of `Step`'s fields, each item with its own lengths first.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from dist_infer.sampling.slots import SlotParams
 
 VERSION = 1
-HEADER = 8
+HEADER = 9
 
 
 class Kind(IntEnum):
@@ -120,8 +120,7 @@ class Step:
             words += resolve
         words += self.message.encode()
         counts = (len(self.frees), len(self.admissions), len(self.tables), len(self.copies), len(self.spans), len(self.resolves))
-        packed = self.kind | VERSION << 8, HEADER + len(words), self.number, *counts[:4], counts[4] | counts[5] << 16
-        return np.array([*packed, *words], dtype=np.int32)
+        return np.array([self.kind | VERSION << 8, HEADER + len(words), self.number, *counts, *words], dtype=np.int32)
 
     @classmethod
     def decode(cls, words: np.ndarray) -> Step:
@@ -129,7 +128,7 @@ class Step:
         head = words[:HEADER].tolist()
         assert head[0] >> 8 == VERSION, "a step of another version"
         read = _Reader(words[HEADER : head[1]])
-        frees, admissions, tables, copies, spans, resolves = *head[3:7], head[7] & 0xFFFF, head[7] >> 16
+        frees, admissions, tables, copies, spans, resolves = head[3:]
         return cls(
             Kind(head[0] & 0xFF),
             head[2],

@@ -1,0 +1,74 @@
+"""Weights in oneDNN's own layout multiply as plain ones do: the operators are private, so they are watched here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dist_infer.model.layers import Linear, can_pack
+from tests.engine.jobs import Mesh, request, run
+from tests.engine.references import CHECKPOINTS, reference
+from tests.ranks import Ranks
+
+needs_operators = pytest.mark.skipif(not can_pack(torch.empty(1, 1, dtype=torch.bfloat16)), reason="this torch has no packed layout")
+
+
+def filled(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> Linear:
+    generator = torch.Generator().manual_seed(inputs + outputs)
+    linear = Linear(inputs, outputs, bias).to(dtype)
+    for parameter in linear.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / inputs**0.5)
+    return linear
+
+
+@needs_operators
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (72, 33), (250, 1), (256, 1001)])
+def test_packed_product(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
+    linear = filled(inputs, outputs, bias, dtype)
+    weight, added = linear.weight.detach().clone(), None if linear.bias is None else linear.bias.detach()
+    linear.pack(keep_weight=False)
+    assert not linear.weight.numel(), "the plain weight is kept beside the packed one"
+    for rows in (0, 1, 2, 8, 33, 130):
+        x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        exact = F.linear(x.double(), weight.double(), None if added is None else added.double())
+        found = linear(x)
+        assert found.dtype == dtype and found.shape == (rows, outputs)
+        # Half a unit in the last place for each of the two roundings.
+        torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+
+
+@needs_operators
+def test_tied_weight_stays() -> None:
+    linear = filled(32, 40, False, torch.bfloat16)
+    linear.pack(keep_weight=True)
+    assert linear.weight.shape == (40, 32)
+
+
+def test_float32_is_left_alone() -> None:
+    linear = filled(32, 40, True, torch.float32)
+    x = torch.ones(3, 32)
+    before = linear(x)
+    linear.pack(keep_weight=False)
+    assert linear(x).equal(before) and linear.weight.shape == (40, 32)
+
+
+@needs_operators
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(tp=2)], ids=str)
+@pytest.mark.parametrize("name", list(CHECKPOINTS))
+def test_packed_model_is_as_near_as_the_plain_one(ranks: Ranks, name: str, mesh: Mesh) -> None:
+    """Teacher-forced: the reference's own continuation is scored, so that one rounding does not change all that follows."""
+    expected = reference(name)
+    texts = [prompt + greedy for prompt, greedy in zip(expected.inputs, expected.greedy, strict=True)]
+    requests = [request(text, index, score_from=1) for index, text in enumerate(texts)]
+
+    def score(*overrides: str) -> torch.Tensor:
+        results = run(ranks, expected.path, mesh, [requests], overrides).results[0]
+        return torch.tensor([value for result in results if result.score for value in result.score.token_logprobs])
+
+    exact, plain, packed = score(), score("model.dtype=bfloat16", "engine.pack_weights=false"), score("model.dtype=bfloat16")
+    assert len(exact) == sum(map(len, texts)) - len(texts)
+    assert (packed - exact).abs().mean() <= 1.5 * (plain - exact).abs().mean()
+    assert (packed - plain).abs().mean() <= 2 * (plain - exact).abs().mean()
