@@ -1,14 +1,15 @@
 """All options of a run, merged from defaults, a YAML file and `key=value` overrides.
 
 User text (prompts and stop strings) never passes through OmegaConf or YAML's type guessing, so
-`${x}`, `yes` and `1e3` stay what they are.
+`${x}`, `yes` and `1e3` stay what they are. Other text (paths, names) is not guessed at either, so `2024_01`
+is a directory and no number; OmegaConf's interpolations work there.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from dist_infer.config.parallel import ParallelOptions
 from dist_infer.config.sampling import SamplingParams
 
 TEXT_KEYS = ("prompts", "sampling.stop", "system")
+STRINGS = ("str", "str | None")
 NOT_OF_RESULTS = ("prompts", "input", "output", "system")
 
 
@@ -84,13 +86,17 @@ def read_options(overrides: Sequence[str] = (), config: str | None = None) -> Op
     if config is not None:
         values = _read_yaml(config, texts)
     pairs = [_split(override) for override in overrides]
-    for key, text in pairs:
-        if key in TEXT_KEYS:
-            texts[key] = _text_list(text) if key != "system" else text
-    dotted = [f"{key}={text}" for key, text in pairs if key not in TEXT_KEYS]
-    _refuse_unknown([*_flat_keys(values), *(key for key, _ in pairs)])
+    known = known_keys()
+    _refuse_unknown([*_flat_keys(values), *(key for key, _ in pairs)], known)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.create(values), OmegaConf.from_dotlist(dotted))
+        merged = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.create(values))
+        for key, text in pairs:
+            if key in TEXT_KEYS:
+                texts[key] = _text_list(text) if key != "system" else text
+            elif known[key].type in STRINGS:
+                OmegaConf.update(merged, key, None if text in ("", "null") else text)
+            else:
+                merged.merge_with_dotlist([f"{key}={text}"])
         options = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(_one_line(error)) from None
@@ -135,38 +141,52 @@ def _split(override: str) -> tuple[str, str]:
 def _text_list(text: str) -> list[str]:
     """`["a", "b"]`, `[a, b]` or one plain text."""
     if text.startswith("["):
-        try:
-            items = json.loads(text)
-        except ValueError:
+        for parse in (json.loads, _plain_yaml):
             try:
-                items = yaml.load(text, Loader=yaml.BaseLoader)  # all scalars stay text
-            except yaml.YAMLError:
-                return [text]
-        if isinstance(items, list) and all(isinstance(item, str) for item in items):
-            return items
+                items = parse(text)
+            except (ValueError, yaml.YAMLError):
+                continue
+            if isinstance(items, list) and all(isinstance(item, str) for item in items):
+                return items
     return [text]
 
 
+def _plain_yaml(source: str) -> Any:
+    """What YAML holds, every scalar as the text it is."""
+    return yaml.load(source, Loader=yaml.BaseLoader)
+
+
 def _read_yaml(path: str, texts: dict[str, Any]) -> dict[str, Any]:
-    """The values in a YAML file; the text ones are moved to `texts` unread."""
+    """The values in a YAML file; those of `TEXT_KEYS` are moved to `texts`, unread."""
     try:
         with open(path, encoding="utf-8") as file:
             source = file.read()
     except OSError as error:
         raise FileNotFoundError(f"--config {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     try:
-        values, plain = yaml.safe_load(source) or {}, yaml.load(source, Loader=yaml.BaseLoader) or {}
+        values, plain = yaml.safe_load(source) or {}, _plain_yaml(source) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path}: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: must hold options by name, such as 'model:' and 'parallel:' sections")
-    for key in TEXT_KEYS:
+    values = {key: value for key, value in values.items() if value is not None}  # a section with nothing in it
+    for key, item in known_keys().items():
         section, _, name = key.rpartition(".")
-        source_values, plain_values = (values.get(section), plain.get(section)) if section else (values, plain)
-        if isinstance(source_values, dict) and isinstance(plain_values, dict) and source_values.get(name) is not None:
-            del source_values[name]
-            text = plain_values[name]
+        if section and key in values:
+            raise ValueError(f"--config {path}: {key}: write a section, '{section}:' and below it '{name}:'")
+        typed_values, plain_values = (values.get(section), plain.get(section)) if section else (values, plain)
+        if not isinstance(typed_values, dict) or not isinstance(plain_values, dict):
+            continue
+        text = plain_values.get(name)
+        if typed_values.get(name) is None or text is None:
+            continue
+        if key in TEXT_KEYS:
+            del typed_values[name]
             texts[key] = text if key == "system" or isinstance(text, list) else [text]
+        elif item.type in STRINGS and isinstance(text, str):
+            typed_values[name] = text
     return values
 
 
@@ -179,10 +199,9 @@ def _flat_keys(values: dict[str, Any], prefix: str = "") -> Iterable[str]:
             yield name
 
 
-def _refuse_unknown(keys: Iterable[str]) -> None:
-    known = known_keys()
+def _refuse_unknown(keys: Iterable[str], known: Collection[str]) -> None:
     for key in keys:
-        if key in known or key.startswith("sampling.logit_bias."):
+        if key in known:
             continue
         near = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
         near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)

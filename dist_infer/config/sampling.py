@@ -32,9 +32,9 @@ class SamplingParams:
 
     n: int | None = option(None, "outputs for each prompt", low=1, high=1024)
     max_tokens: int | None = option(None, "most tokens to produce; default: up to the model's length", low=1)
-    min_tokens: int | None = option(None, "tokens before an end or stop may come", low=0)
+    min_tokens: int | None = option(None, "tokens before an end or stop may come", low=0, high=2**31 - 1)
     temperature: float | None = option(None, "0 is greedy", low=0)
-    top_k: int | None = option(None, "keep the k most likely tokens; 0 or -1 keeps all", low=-1)
+    top_k: int | None = option(None, "keep the k most likely tokens; 0 or -1 keeps all", low=-1, high=2**31 - 1)
     top_p: float | None = option(None, "keep the most likely tokens up to this probability", above=0, high=1)
     min_p: float | None = option(None, "keep tokens at least this likely relative to the best", low=0, high=1)
     repetition_penalty: float | None = option(

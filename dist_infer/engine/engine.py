@@ -25,7 +25,7 @@ from dist_infer.sampling.stop import Detokenizer, StopRule, Tokenizer
 class Delta:
     """What one step added to an output."""
 
-    request: Request
+    request: Request = field(repr=False)
     index: int
     text: str
     token_id: int

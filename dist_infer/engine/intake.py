@@ -111,7 +111,7 @@ class Intake:
         params = self.blueprint.params(given)
         longest = self.blueprint.generation.max_length
         if params.max_tokens is None and longest is not None:
-            params.max_tokens = max(longest - len(tokens), 1)
+            params = SamplingParams(max_tokens=max(longest - len(tokens), 1)).over(params)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return Request(str(index) if identifier is None else identifier, tokens, params, seed, index=index)
 
@@ -123,12 +123,10 @@ class Intake:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 raise ValueError(f"sampling.{key}: there is no such parameter{f'; did you mean {near[0]}?' if near else ''}")
-        if isinstance(data.get("logit_bias"), dict):
-            data = {**data, "logit_bias": {int(token): float(bias) for token, bias in data["logit_bias"].items()}}
-        try:
-            return SamplingParams(**data)
-        except TypeError as error:
-            raise ValueError(f"sampling: a value has the wrong type ({error})") from None
+        bias = data.get("logit_bias")
+        if isinstance(bias, dict):  # keys of a JSON object are strings
+            data = {**data, "logit_bias": {int(token) if token.isdecimal() else token: value for token, value in bias.items()}}
+        return SamplingParams(**data)
 
     def _check_keys(self, data: Any, known: Sequence[str]) -> None:
         if not isinstance(data, dict):
@@ -168,5 +166,5 @@ class Intake:
 def _identifier(data: dict[str, Any], index: int) -> str:
     identifier = data.get("id", index)
     if isinstance(identifier, bool) or not isinstance(identifier, str | int):
-        raise ValueError(f"id must be a string or a number, not {type(identifier).__name__}")
+        raise ValueError(f"id must be a string or a whole number, not {type(identifier).__name__}")
     return str(identifier)

@@ -43,12 +43,13 @@ class Linear(nn.Module):
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN has a faster layout for this weight (16-bit types on CPU, where the operators exist)."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype in (torch.bfloat16, torch.float16)
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    )
+    """Whether oneDNN has a faster layout for this weight: 16-bit types that this CPU multiplies, where the operators exist."""
+    mkldnn = torch.ops.mkldnn
+    if weight.device.type != "cpu" or not hasattr(mkldnn, "_reorder_linear_weight"):
+        return False
+    if weight.dtype == torch.bfloat16:
+        return mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float16 and mkldnn._is_mkldnn_fp16_supported()
 
 
 class RowParallelLinear(Linear):

@@ -21,9 +21,7 @@ LONGEST = 64  # tokens of the longest sequence
 
 def covering_cases() -> list[tuple[Any, ...]]:
     """Every fixture on every mesh, the other factors chosen so that every pair of values meets in some case."""
-    unmet = {
-        (a, x, b, y) for a, b in combinations(range(len(FACTORS)), 2) for x in range(len(FACTORS[a])) for y in range(len(FACTORS[b]))
-    }
+    unmet = {(a, x, b, y) for a, b in combinations(range(len(FACTORS)), 2) for x in range(len(FACTORS[a])) for y in range(len(FACTORS[b]))}
     cases = []
     for fixture in range(len(FACTORS[0])):
         for mesh in range(len(FACTORS[1])):
