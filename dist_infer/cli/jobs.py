@@ -28,6 +28,7 @@ from dist_infer.engine.session import Session
 
 MakeRequest = Callable[[Any, int], Request]
 SYNC_S = 5.0  # results older than this are on disk
+ESCAPED = "backslashreplace"  # half a character in an id is written as JSON's escape for it
 
 
 class FileJob:
@@ -76,13 +77,14 @@ class FileJob:
         todo = [request for index, request in self.requests.items() if index not in self.lines]
         bar = tqdm(total=len(self._line_numbers), initial=len(self.lines), unit="request", disable=not sys.stderr.isatty())
         # Closed below, but for stdout.
-        out = sys.stdout if self.output is None else open(self._partial, "a", encoding="utf-8")  # noqa: SIM115
+        out = sys.stdout if self.output is None else open(self._partial, "a", encoding="utf-8", errors=ESCAPED)  # noqa: SIM115
         tokens, synced, began = 0, time.monotonic(), time.monotonic()
 
         def sink(deltas: list[Delta], results: list[Result]) -> None:
             nonlocal tokens, synced
-            tokens += len(deltas)
             for result in results:
+                if result.usage is not None:
+                    tokens += result.usage.completion_tokens or result.usage.prompt_tokens
                 line = self._line(result, provenance)
                 self.lines[result.index] = line
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -147,7 +149,7 @@ class FileJob:
             if "error" not in line and keys.get(line["index"]) == line["key"]:
                 self.lines[line["index"]] = line
         kept = self._partial.with_name(self._partial.name + ".new")
-        with open(kept, "w", encoding="utf-8") as file:
+        with open(kept, "w", encoding="utf-8", errors=ESCAPED) as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines.values())
         os.replace(kept, self._partial)
         say(f"{self._partial}: going on after {len(self.lines)} of {len(self._line_numbers)} requests")
@@ -156,7 +158,7 @@ class FileJob:
         """Put the results in the order of the input, under the final name."""
         assert self.output is not None
         whole = self.output.with_name(self.output.name + ".new")
-        with open(whole, "w", encoding="utf-8") as file:
+        with open(whole, "w", encoding="utf-8", errors=ESCAPED) as file:
             for index in range(len(self._line_numbers)):
                 file.write(json.dumps(self.lines[index], ensure_ascii=False) + "\n")
             file.flush()

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(describe_options(command, COMMANDS.get(command, "")))
         return 0
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for training scripts
     try:
         return importlib.import_module(f"dist_infer.cli.{command}").run(rest)
     except (ValueError, OSError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -104,7 +103,6 @@ class Blueprint:
             )
         from transformers import AutoTokenizer
 
-        logging.getLogger("transformers").setLevel(logging.ERROR)
         try:
             return AutoTokenizer.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:

@@ -107,7 +107,7 @@ class Engine:
             return f"token id {wrong} is outside the vocabulary of {self.vocab_size}"
         if request.score_from is not None:
             if tokens - 1 > limit:
-                return f"{tokens} tokens are more than the {limit} that fit (engine.max_model_len)"
+                return f"{tokens} tokens to score; at most {limit + 1} fit (engine.max_model_len={limit})"
             if not 0 < request.score_from < tokens:
                 return "nothing to score: the continuation is empty"
         elif tokens >= limit:

@@ -77,6 +77,7 @@ class Intake:
         """Token ids of a prompt, with whatever special tokens the tokenizer adds."""
         if not prompt:
             raise ValueError("the prompt is empty: give some text")
+        _check_text(prompt)
         return list(self.blueprint.need_tokenizer("a text prompt")(prompt)["input_ids"])
 
     def messages(self, messages: Sequence[dict[str, Any]]) -> list[int]:
@@ -86,6 +87,7 @@ class Intake:
             raise ValueError("messages is empty: give at least one message")
         if not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
             raise ValueError("each message must have a role and a content, both strings")
+        _check_text("".join(message["content"] for message in messages))
         if tokenizer.chat_template is None:
             raise ValueError("the model's tokenizer has no chat template: give a prompt instead of messages")
         try:
@@ -143,15 +145,16 @@ class Intake:
         tokenizer = self.blueprint.need_tokenizer("a text to score")
         if not continuation:
             raise ValueError("the continuation is empty: give some text to score")
+        _check_text(context + continuation)
         if not context:
             return [], list(tokenizer(continuation, add_special_tokens=False)["input_ids"])
         stripped = context.rstrip()
         if stripped:
             context, continuation = stripped, context[len(stripped) :] + continuation
         before, both = (list(tokenizer(text)["input_ids"]) for text in (context, context + continuation))
-        special = tokenizer.num_special_tokens_to_add() if before and before[-1] == tokenizer.eos_token_id else 0
-        before = before[: len(before) - special]
-        return before, both[len(before) : len(both) - special]
+        appended = _appended(tokenizer)
+        before = before[: len(before) - appended]
+        return before, both[len(before) : len(both) - appended]
 
     def _first_token(self) -> int:
         """The token an empty context stands for: the one every text begins with."""
@@ -167,4 +170,19 @@ def _identifier(data: dict[str, Any], index: int) -> str:
     identifier = data.get("id", index)
     if isinstance(identifier, bool) or not isinstance(identifier, str | int):
         raise ValueError(f"id must be a string or a whole number, not {type(identifier).__name__}")
+    _check_text(str(identifier))
     return str(identifier)
+
+
+def _check_text(text: str) -> None:
+    """Raise ValueError for half a character, which JSON's escapes can spell and no tokenizer or file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text has half a character, {text[error.start]!a} at {error.start}: give both surrogates, or neither") from None
+
+
+def _appended(tokenizer: Any) -> int:
+    """How many special tokens `tokenizer` puts after a text."""
+    plain, full = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    return next((count for count in range(len(full)) if full[: len(full) - count][-len(plain) :] == plain), 0)

@@ -268,6 +268,8 @@ class Session:
         self.work: SharedWork | None = None
         if self.mesh.is_leader:
             self.engine = self._make_engine(plan)
+            if not self.scripted:
+                self.engine.resume()  # workers serve from now on
             if self.mesh.shape.replicas > 1:
                 assert self.world.store is not None
                 self.work = SharedWork(self.world.store, self.mesh.shape.replicas, self.world.watchdog.check)

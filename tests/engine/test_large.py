@@ -13,7 +13,7 @@ from tests.engine.jobs import Mesh, kv_memory, request, run
 from tests.ranks import Ranks
 
 VOCABULARY = 32000
-COUNT = 10  # most tokens of a request
+COUNT = 6  # most tokens of a request
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +51,10 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, PreTr
 
 
 def arrivals(count: int) -> list[Request]:
-    """Requests with prompts of 2 to 60 tokens that want 3 to 10; the engine holds a few at a time, so they arrive as others leave."""
+    """Requests with prompts of 2 to 24 tokens that want 2 to 6; the engine holds a few at a time, so they arrive as others leave."""
     generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(2, 61, (count,), generator=generator).tolist()
-    wanted = torch.randint(3, COUNT + 1, (count,), generator=generator).tolist()
+    lengths = torch.randint(2, 25, (count,), generator=generator).tolist()
+    wanted = torch.randint(2, COUNT + 1, (count,), generator=generator).tolist()
     prompts = [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
     return [request(prompt, index, max_tokens=most) for index, (prompt, most) in enumerate(zip(prompts, wanted, strict=True))]
 
@@ -63,25 +63,27 @@ def arrivals(count: int) -> list[Request]:
 def test_unequal_work_under_pressure(ranks: Ranks, large: tuple[str, PreTrainedModel]) -> None:
     """tp=2 x fsdp=2, few blocks, one rank slowed down: every token is transformers' choice wherever rounding leaves one."""
     path, model = large
-    requests = arrivals(14)
+    requests = arrivals(9)
     mesh = Mesh(tp=2, fsdp=2)
     overrides = [
         "engine.block_size=4",
         "engine.max_batch_tokens=48",
-        "engine.max_sequences=5",
-        "engine.max_model_len=72",
-        kv_memory(path, mesh, 4, 24),
+        "engine.max_sequences=4",
+        "engine.max_model_len=32",
+        kv_memory(path, mesh, 4, 12),
     ]
     found = run(ranks, path, mesh, [requests], overrides, slow_rank=3, timeout_s=240)
     assert found.preemptions > 0
+    whole = [made.token_ids + tokens for made, tokens in zip(requests, found.tokens(), strict=True)]
+    longest = max(map(len, whole))
+    with torch.no_grad():  # padded at the end, where nothing before it looks
+        logits = model(torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in whole])).logits
     undecided = 0
-    for made, tokens in zip(requests, found.tokens(), strict=True):
+    for made, tokens, rows in zip(requests, found.tokens(), logits, strict=True):
         assert len(tokens) == made.params.max_tokens
-        with torch.no_grad():
-            logits = model(torch.tensor([made.token_ids + tokens])).logits[0, len(made.token_ids) - 1 : -1]
-        best, chosen = logits.max(-1), logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        assert best.values.max() - logits.mean() < 10 * logits.std(), "the logits are meant to be flat"
-        noise = 1e-5 * logits.abs().max()
+        rows = rows[len(made.token_ids) - 1 :][: len(tokens)]
+        best, chosen = rows.max(-1), rows.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert (best.values - rows.mean(-1) < 8 * rows.std(-1)).all(), "the logits are meant to be flat"
+        assert (best.values - chosen).max() <= 1e-5 * rows.abs().max()
         undecided += int((best.indices != torch.tensor(tokens)).sum())
-        assert (best.values - chosen).max() <= noise
     assert undecided <= 1

@@ -55,7 +55,9 @@ many = st.lists(words, max_size=4)
         kind=st.sampled_from(Kind),
         number=words,
         frees=many,
-        admissions=st.lists(st.builds(Admission, words, words, words, words, st.builds(SlotParams, seed=st.integers(0, 2**63 - 1)), many), max_size=3),
+        admissions=st.lists(
+            st.builds(Admission, words, words, words, words, st.builds(SlotParams, seed=st.integers(0, 2**63 - 1)), many), max_size=3
+        ),
         tables=st.lists(st.builds(TableDelta, words, words, many), max_size=3),
         copies=st.lists(st.tuples(words, words, words), max_size=3),
         spans=st.lists(st.builds(SpanOfStep, words, words, many, words, many), max_size=3),

@@ -1,0 +1,383 @@
+"""The leader's loop and the runners of all ranks, in one process, around a model that shows what its cache holds.
+
+The stand-in for the decoder keeps token ids where keys would be, and makes logits from the whole context it reads
+back through the attention plan. So any token that is missing, stale or another sequence's changes what comes out.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dist_infer.config.engine import EngineOptions
+from dist_infer.config.sampling import SamplingParams
+from dist_infer.distributed.mesh import MeshShape
+from dist_infer.engine.blocks import BlockAllocator
+from dist_infer.engine.engine import Delta, Engine
+from dist_infer.engine.request import Request, Result
+from dist_infer.engine.runner import Runner
+from dist_infer.engine.scheduler import RopeRules, Scheduler
+from dist_infer.engine.step import Kind
+from dist_infer.model.attention import AttentionPlan, KVCache
+from dist_infer.model.batch import Batch
+from dist_infer.model.weights import cut
+from dist_infer.sampling.sample import sample
+
+VOCAB = 2000
+LONGEST = 40
+EOS = 7
+POISON = 1999  # a context that ends with it has no finite logits
+
+
+def logits_of(context: list[int]) -> Tensor:
+    """Flat-ish logits [VOCAB] that depend on every token of `context`."""
+    if context[-1] == POISON:
+        return torch.full((VOCAB,), float("nan"))
+    logits = torch.from_numpy(np.random.default_rng(context).standard_normal(VOCAB).astype(np.float32))
+    logits[POISON] = -40.0  # not chosen by chance
+    return logits
+
+
+class ContextModel:
+    """One rank's decoder: a vocabulary slice of `logits_of` what the cache holds."""
+
+    def __init__(self, tp: int, rank: int) -> None:
+        self.config = SimpleNamespace(vocab_size=VOCAB)
+        self.vocabulary = cut(VOCAB, tp, rank)
+        self.rotary = SimpleNamespace(depends_on_length=False)
+
+    def __call__(self, batch: Batch, cache: KVCache, reduce: Callable[[Tensor, int], None]) -> None:
+        if not len(batch.tokens):
+            return
+        held = batch.tokens.float()[:, None, None]
+        cache.write(0, batch.cache_slots, held, held)
+        contexts: dict[int, list[int]] = {}  # row of a span's last token -> context
+        for first, length, blocks, context in _spans(batch.attention):
+            tokens = cache.keys[0][blocks, 0, :, 0].reshape(-1)[:context].long().tolist()
+            contexts |= {first + i: tokens[: context - length + i + 1] for i in range(length)}
+        rows = [logits_of(contexts[row]) for row in batch.logit_rows.tolist()]
+        if rows:
+            reduce(torch.stack(rows)[:, slice(*self.vocabulary)].contiguous(), 0)
+
+
+def _spans(plan: AttentionPlan) -> list[tuple[int, int, list[int], int]]:
+    """(first row, length, blocks, context) of each span, read as attention would read them."""
+    spans = [(span.start, span.length, blocks.tolist(), span.context) for span, blocks in plan.prefills]
+    decodes = plan.decodes
+    if decodes is not None:
+        of_pair = decodes.blocks if decodes.blocks is not None else torch.arange(decodes.first, decodes.first + len(decodes.owner))
+        tables = of_pair[decodes.to_spans].view(-1, decodes.width)
+        for row, table, context in zip(decodes.rows.tolist(), tables.tolist(), decodes.contexts.tolist(), strict=True):
+            spans.append((row, 1, table, context))
+    return spans
+
+
+class Wire:
+    """The replica's communicator in one process: workers execute when their answers are gathered."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.workers: list[Runner] = []
+        self.sent: deque[Tensor] = deque()
+        self.received: list[deque[Tensor]] = [deque() for _ in range(size)]
+
+    def broadcast(self, tensor: Tensor) -> None:
+        for inbox in self.received[1:]:
+            inbox.append(tensor.clone())
+
+    def gather(self, answer: Tensor) -> list[Tensor]:
+        return [answer, *(self.follow(worker, rank) for rank, worker in enumerate(self.workers, 1))]
+
+    def follow(self, worker: Runner, rank: int) -> Tensor:
+        """Execute all that has come since the last answer; the last step gives it."""
+        answer = None
+        while self.received[rank]:
+            step = worker.receive()
+            answer, _ = worker.execute(step) if step.kind == Kind.RUN else (answer, None)
+        assert answer is not None
+        return answer
+
+
+class Inbox:
+    """A worker's end of the wire."""
+
+    def __init__(self, wire: Wire, rank: int) -> None:
+        self.size, self.wire, self.rank = wire.size, wire, rank
+
+    def broadcast(self, tensor: Tensor) -> None:
+        tensor.copy_(self.wire.received[self.rank].popleft())
+
+
+def make_engine(fsdp: int = 1, tp: int = 1, blocks: int = 60, heartbeat_s: float = 1000.0, tokenizer: Any = None, **options: Any) -> Engine:
+    limits = EngineOptions(**{"block_size": 4, "max_batch_tokens": 16, "max_sequences": 4, **options})
+    wire = Wire(fsdp * tp)
+    shape = MeshShape(1, fsdp, tp)
+    runners = []
+    for rank in range(fsdp * tp):
+        control = wire if rank == 0 else Inbox(wire, rank)
+        mesh = SimpleNamespace(shape=shape, coordinates=shape.coordinates(rank), control=control)
+        cache = KVCache(1, blocks, 1, limits.block_size, 1, torch.float32, torch.device("cpu"))
+        runners.append(Runner(mesh, ContextModel(tp, rank % tp), cache, limits, LONGEST))  # type: ignore[arg-type]
+    wire.workers = runners[1:]
+    allocators = [BlockAllocator(blocks, limits.block_size, limits.prefix_cache) for _ in range(fsdp)]
+    scheduler = Scheduler(limits, allocators, RopeRules(lambda length: 0))
+    return Engine(runners[0], scheduler, VOCAB, LONGEST, (EOS,), tokenizer, heartbeat_s)
+
+
+def run(engine: Engine, requests: list[Request]) -> dict[str, Result]:
+    deltas: list[Delta] = []
+    results: list[Result] = []
+
+    def sink(new: list[Delta], done: list[Result]) -> None:
+        deltas.extend(new)
+        results.extend(done)
+
+    engine.run(iter(requests), sink)
+    engine.scheduler.check()
+    assert not engine.scheduler.busy and not engine.busy
+    assert len({result.id for result in results}) == len(results) == len(requests)
+    for result in results:  # what was streamed is what came out
+        for index, output in enumerate(result.outputs):
+            own = [d for d in deltas if d.request.id == result.id and d.index == index]
+            assert [d.token_id for d in own] == output.token_ids
+            assert own[-1].finish_reason == output.finish_reason and not any(d.finish_reason for d in own[:-1])
+    return {result.id: result for result in results}
+
+
+def alone(request: Request, index: int) -> list[int]:
+    """The tokens of one sequence, by the plain loop."""
+    params = request.params.resolved()
+    tokens = list(request.token_ids)
+    most = min(params.max_tokens or LONGEST, LONGEST - len(tokens))
+    produced: list[int] = []
+    while len(produced) < most and (not produced or produced[-1] != EOS or params.ignore_eos):
+        logits = logits_of(tokens + produced)[None].expand(index + 1, -1)  # the noise of row `index` is that of sequence `index`
+        drawn = sample(
+            logits,
+            request.params,
+            [len(tokens) + len(produced)] * (index + 1),
+            request.seed,
+            prompts=[tokens] * (index + 1),
+            outputs=[produced] * (index + 1),
+            eos_ids=[EOS],
+        )
+        produced.append(int(drawn[index]))
+    return produced
+
+
+def traffic(count: int = 24) -> list[Request]:
+    """Requests of every kind, many with a common beginning."""
+    kinds = [
+        SamplingParams(),
+        SamplingParams(temperature=1.0, max_tokens=5),
+        SamplingParams(temperature=3.0, top_p=0.002, max_tokens=9, logprobs=2, ignore_eos=True),  # mostly resolved a step later
+        SamplingParams(temperature=2.0, top_k=5, n=3, max_tokens=6),
+        SamplingParams(temperature=1.0, repetition_penalty=1.5, frequency_penalty=1.0, min_tokens=4, logit_bias={EOS: 9.0}),
+        SamplingParams(temperature=0.7, min_p=0.2, n=2, max_tokens=12),
+    ]
+    random = np.random.default_rng(5)
+    common = random.integers(10, 200, LONGEST).tolist()
+    requests = []
+    for i in range(count):
+        prompt = common[: random.integers(1, 20)] + random.integers(10, 200, random.integers(1, 10)).tolist()
+        requests.append(Request(f"r{i}", prompt, kinds[i % len(kinds)], seed=i, index=i))
+        if i % 3 == 0:
+            scored = common[: random.integers(4, 30)]
+            requests.append(Request(f"s{i}", scored, score_from=int(random.integers(1, len(scored))), index=100 + i))
+    return requests
+
+
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"tp": 2, "blocks": 14, "block_size": 3, "max_batch_tokens": 7},
+    {"tp": 4, "chunked_prefill": False, "prefix_cache": False},
+    {"fsdp": 2, "blocks": 12},
+    {"fsdp": 3, "tp": 2, "block_size": 1, "blocks": 41, "max_batch_tokens": 9},
+    {"fsdp": 2, "block_size": 64, "blocks": 4, "max_sequences": 9},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_results_are_those_of_each_sequence_alone(way: dict[str, Any]) -> None:
+    engine, requests = make_engine(**way), traffic()
+    results = run(engine, requests)
+    if way.get("blocks") in (12, 14):
+        assert engine.scheduler.preemptions > 0
+    assert engine.statistics.resolved > 10
+    for request in requests:
+        result = results[request.id]
+        assert result.error is None and result.index == request.index and result.usage is not None
+        if request.score_from is not None:
+            rows = [logits_of(request.token_ids[:p]).log_softmax(0) for p in range(request.score_from, len(request.token_ids))]
+            wanted = [float(row[t]) for row, t in zip(rows, request.token_ids[request.score_from :], strict=True)]
+            assert result.score is not None
+            assert result.score.token_logprobs == pytest.approx(wanted, abs=1e-5)
+            assert result.score.logprob == pytest.approx(sum(wanted), abs=1e-4)
+            assert not result.score.is_greedy
+            continue
+        assert [o.token_ids for o in result.outputs] == [alone(request, i) for i in range(request.params.n or 1)]
+        assert result.usage.completion_tokens == sum(len(o.token_ids) for o in result.outputs)
+        assert 0 <= result.usage.cached_tokens <= result.usage.prompt_tokens == len(request.token_ids)
+        assert result.seed == request.seed
+        for output in result.outputs:
+            ended = output.token_ids[-1] == EOS and not request.params.ignore_eos
+            assert output.finish_reason == ("stop" if ended else "length")
+            assert output.text is None
+            check_logprobs(request, output.token_ids, output.logprobs)
+
+
+def check_logprobs(request: Request, tokens: list[int], logprobs: Any) -> None:
+    if request.params.logprobs is None:
+        assert logprobs is None
+        return
+    for place, entry in enumerate(logprobs):
+        raw = logits_of(request.token_ids + tokens[:place]).log_softmax(0)
+        assert entry.token_id == tokens[place]
+        assert entry.logprob == pytest.approx(float(raw[tokens[place]]), abs=1e-5)
+        assert list(entry.top) == raw.topk(request.params.logprobs).indices.tolist()
+    assert len(logprobs) == len(tokens)
+
+
+def test_greedy_scores_are_recognized() -> None:
+    tokens = [20, 21]
+    while len(tokens) < 20:
+        tokens.append(int(logits_of(tokens).argmax()))
+    wrong = [*tokens[:-1], (tokens[-1] + 1) % 1000]
+    for way in ({}, {"tp": 2, "max_batch_tokens": 5}):
+        results = run(make_engine(**way), [Request("right", tokens, score_from=2), Request("wrong", wrong, score_from=2)])
+        assert [results[name].score.is_greedy for name in ("right", "wrong")] == [True, False]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request("x", []), "the prompt is empty: give at least one token"),
+        (Request("x", [5, VOCAB]), "token id 2000 is outside the vocabulary of 2000"),
+        (Request("x", [-1]), "token id -1 is outside the vocabulary of 2000"),
+        (Request("x", [5] * LONGEST), "the prompt has 40 tokens; at most 39 fit, and one to produce (engine.max_model_len=40)"),
+        (Request("x", [5] * (LONGEST + 2), score_from=1), "42 tokens to score; at most 41 fit (engine.max_model_len=40)"),
+        (Request("x", [5, 6], score_from=2), "nothing to score: the continuation is empty"),
+    ],
+)
+def test_a_bad_request_fails_alone(request_: Request, message: str) -> None:
+    good = traffic(3)
+    results = run(make_engine(), [good[0], request_, *good[1:]])
+    assert results["x"].error == message and not results["x"].outputs
+    assert all(results[request.id].error is None for request in good)
+
+
+def test_the_longest_requests_fit() -> None:
+    prompt = [5] * (LONGEST - 1)
+    results = run(make_engine(blocks=11), [Request("x", prompt), Request("y", [5] * (LONGEST + 1), score_from=1)])
+    assert [len(o.token_ids) for o in results["x"].outputs] == [1]
+    assert results["y"].score is not None and len(results["y"].score.token_logprobs) == LONGEST
+
+
+@pytest.mark.parametrize("way", [{}, {"fsdp": 2, "tp": 2}], ids=str)
+def test_a_request_without_finite_logits_fails_alone(way: dict[str, Any]) -> None:
+    bad = [
+        Request("x", [5, POISON], SamplingParams(n=3, temperature=1.0)),
+        Request("y", [5, POISON, 6], score_from=1),
+        Request("z", [5, 6], SamplingParams(logit_bias={POISON: 100.0})),
+    ]
+    good = traffic(6)
+    results = run(make_engine(**way), [*good[:3], *bad, *good[3:]])
+    assert results["x"].error == "the model gave no finite logits at position 2"
+    assert results["y"].error == "the model gave no finite logits at position 2"
+    assert results["z"].error == "the model gave no finite logits at position 3"
+    for request in good:
+        assert results[request.id].error is None
+        if request.score_from is None:
+            assert [o.token_ids for o in results[request.id].outputs] == [alone(request, i) for i in range(request.params.n or 1)]
+
+
+def test_a_request_is_forgotten_and_the_rest_goes_on() -> None:
+    engine, requests = make_engine(tp=2, blocks=14), traffic(12)
+    unwanted = requests[2::4]
+    for request in requests:
+        assert engine.submit(request) is None
+    finished: list[Result] = []
+    for number in range(1000):
+        if not engine.busy:
+            break
+        finished += engine.step()[1]
+        if number < len(unwanted):
+            engine.cancel(unwanted[number])
+            engine.cancel(unwanted[number])  # again does nothing
+            engine.scheduler.check()
+    early = {result.id for result in finished} & {request.id for request in unwanted}
+    assert not engine.scheduler.busy and len(early) < len(unwanted)
+    assert {result.id for result in finished} == {request.id for request in requests if request not in unwanted} | early
+    for request in requests:
+        if request not in unwanted and request.score_from is None:
+            result = next(result for result in finished if result.id == request.id)
+            assert [o.token_ids for o in result.outputs] == [alone(request, i) for i in range(request.params.n or 1)]
+
+
+def test_requests_are_taken_only_when_there_is_room() -> None:
+    engine = make_engine(max_sequences=2)
+    taken = 0
+
+    def requests() -> Any:
+        nonlocal taken
+        for i in range(50):
+            taken += 1
+            yield Request(str(i), [5, 6 + i], SamplingParams(max_tokens=3))
+
+    finished = 0
+
+    def sink(_: list[Delta], results: list[Result]) -> None:
+        nonlocal finished
+        finished += len(results)
+        assert taken - finished <= 5
+
+    engine.run(requests(), sink)
+    assert taken == finished == 50
+
+
+def test_steps_of_any_size_travel() -> None:
+    """A prompt longer than the first part of a broadcast."""
+    prompt = np.random.default_rng(1).integers(10, 200, 30).tolist()
+    params = SamplingParams(max_tokens=2, logit_bias={i: 0.0 for i in range(290)}, n=4)
+    requests = [Request(str(i), prompt, params) for i in range(8)]
+    engine = make_engine(tp=2, max_sequences=32, max_batch_tokens=400)
+    assert [len(o.token_ids) for r in run(engine, requests).values() for o in r.outputs] == [2] * 32
+
+
+def test_what_workers_hear_when_there_is_nothing_to_compute() -> None:
+    engine = make_engine(tp=2)
+    worker, inbox = engine.runner.mesh.control.workers[0], engine.runner.mesh.control.received[1]  # type: ignore[attr-defined]
+    engine.release()
+    assert not inbox  # nobody is following yet
+    engine.resume()
+    engine.release()
+    engine.release()
+    assert worker.receive().kind == Kind.RELEASE and not inbox
+    engine.resume()
+    engine.close("out of memory")
+    step = worker.receive()
+    assert (step.kind, step.message) == (Kind.ERROR, "out of memory") and not inbox
+    engine.close()
+    assert not inbox
+
+
+def test_an_idle_leader_says_that_it_is_alive() -> None:
+    engine = make_engine(tp=2, heartbeat_s=0.01)
+    worker, inbox = engine.runner.mesh.control.workers[0], engine.runner.mesh.control.received[1]  # type: ignore[attr-defined]
+    engine.resume()
+    beat = engine._closing.wait
+    while not inbox:
+        beat(0.005)
+    assert worker.receive().kind == Kind.HEARTBEAT
+    engine.close()
+    kinds = set()
+    while inbox:
+        kinds.add(worker.receive().kind)
+    assert Kind.STOP in kinds and kinds <= {Kind.STOP, Kind.HEARTBEAT}
