@@ -11,6 +11,7 @@ from dist_infer.config.options import Options
 from dist_infer.engine.blueprint import Blueprint
 from dist_infer.engine.engine import Delta
 from dist_infer.engine.intake import Intake
+from dist_infer.engine.report import summary
 from dist_infer.engine.session import Session
 
 
@@ -39,7 +40,7 @@ def _converse(session: Session, options: Options) -> None:
             answer = _answer(session, intake, [*messages, {"role": "user", "content": message}])
             if answer is not None:
                 messages += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
-    say(session.summary())
+    say(summary(session))
 
 
 def _ask() -> str | None:

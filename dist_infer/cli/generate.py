@@ -12,6 +12,7 @@ from dist_infer.cli.terminal import Terminal
 from dist_infer.config.options import Options
 from dist_infer.engine.blueprint import Blueprint
 from dist_infer.engine.intake import Intake
+from dist_infer.engine.report import summary
 from dist_infer.engine.request import Request, Result
 from dist_infer.engine.session import Session
 
@@ -47,4 +48,4 @@ def _stream(session: Session, options: Options) -> None:
             terminal.take([], [Result(str(index), index, error=str(error))])
     session.run(requests, terminal.take)
     terminal.close()
-    say(session.summary())
+    say(summary(session))

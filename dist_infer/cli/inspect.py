@@ -57,7 +57,7 @@ def _show_model(config: ModelConfig) -> None:
     print(
         f"model       {config.family}: {config.layers} layers, hidden {config.hidden_size}, ffn {config.ffn_size}, "
         f"{config.heads} heads over {config.kv_heads} of {config.head_dim}, vocabulary {config.vocab_size}, "
-        f"{'tied' if config.tied_head else 'own'} head, up to {config.max_position:,} tokens"
+        f"{'tied' if config.tied_head else 'own'} head, up to {config.longest:,} tokens"
     )
     rope = ", ".join(f"{key}={value}" for key, value in config.rope.items() if not isinstance(value, list))
     print(f"rotary      {rope}" + (f"; sliding window {', '.join(map(str, windows))}" if windows else ""))

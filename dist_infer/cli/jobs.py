@@ -23,6 +23,7 @@ from dist_infer.config.options import Options
 from dist_infer.engine.blueprint import Blueprint
 from dist_infer.engine.engine import Delta
 from dist_infer.engine.intake import Intake
+from dist_infer.engine.report import provenance, summary
 from dist_infer.engine.request import SCHEMA, Request, Result
 from dist_infer.engine.session import Session
 
@@ -73,7 +74,7 @@ class FileJob:
 
     def run(self, session: Session) -> None:
         """Run what is left, and complete the output."""
-        provenance = session.provenance()
+        made_by = provenance(session)
         todo = [request for index, request in self.requests.items() if index not in self.lines]
         bar = tqdm(total=len(self._line_numbers), initial=len(self.lines), unit="request", disable=not sys.stderr.isatty())
         # Closed below, but for stdout.
@@ -85,7 +86,7 @@ class FileJob:
             for result in results:
                 if result.usage is not None:
                     tokens += result.usage.completion_tokens or result.usage.prompt_tokens
-                line = self._line(result, provenance)
+                line = self._line(result, made_by)
                 self.lines[result.index] = line
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
                 bar.update()
@@ -105,7 +106,7 @@ class FileJob:
                 out.close()
         if self.output is not None:
             self._complete()
-        say(session.summary())
+        say(summary(session))
         if self._failed:
             say(f"{self._failed} of {len(self._line_numbers)} requests failed; their lines have an error")
 
@@ -171,7 +172,7 @@ class FileJob:
         what = [self._identity, request.token_ids, asdict(request.params), request.score_from]
         return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
 
-    def _line(self, result: Result, provenance: dict[str, Any]) -> dict[str, Any]:
+    def _line(self, result: Result, made_by: dict[str, Any]) -> dict[str, Any]:
         line: dict[str, Any] = {"schema": SCHEMA, "id": result.id, "index": result.index, "attempt": self.attempt}
         if result.error is not None:
             self._failed += 1
@@ -185,7 +186,7 @@ class FileJob:
             line["seed"] = result.seed
             line["sampling"] = _without_none(asdict(request.params))
         assert result.usage is not None
-        return line | {"usage": asdict(result.usage), "provenance": provenance}
+        return line | {"usage": asdict(result.usage), "provenance": made_by}
 
 
 def _lines(file: Any, path: Path) -> Any:

@@ -179,7 +179,9 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text has half a character, {text[error.start]!a} at {error.start}: give both surrogates, or neither") from None
+        raise ValueError(
+            f"the text has half a character, {text[error.start]!a} at {error.start}: give both surrogates, or neither"
+        ) from None
 
 
 def _appended(tokenizer: Any) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -143,35 +141,6 @@ class Session:
     def close(self, error: BaseException | None = None) -> None:
         """End the session; every rank calls this. With `error` the workers leave with it."""
         self._leave(error)
-
-    def provenance(self) -> dict[str, Any]:
-        """What made a result: checkpoint, configuration, topology and versions."""
-        checkpoint, shape = self.blueprint.checkpoint, self.mesh.shape
-        return {
-            "checkpoint": str(checkpoint.path) if checkpoint is not None else None,
-            "identity": checkpoint.identity if checkpoint is not None else None,
-            "topology": {"replicas": shape.replicas, "fsdp": shape.fsdp, "tp": shape.tp, "device": self.world.device.type},
-            "dtype": str(self.blueprint.dtype).removeprefix("torch."),
-            "options": self.options.changed(),
-            "versions": {name: importlib.metadata.version(name) for name in ("dist_infer", "torch", "transformers")}
-            | {"python": platform.python_version()},
-        }
-
-    def summary(self) -> str:
-        """One line: parameters, topology, bytes read and GB/s, prefill and decode tokens/s (of the conductor's replica)."""
-        assert self.engine is not None
-        s, shape = self.engine.statistics, self.mesh.shape
-        parts = [
-            f"{_count(self.blueprint.parameters)} parameters",
-            f"replicas={shape.replicas} fsdp={shape.fsdp} tp={shape.tp} on {self.world.device.type}",
-        ]
-        if self.read_seconds:
-            parts.append(f"read {_bytes(self.read_bytes)} at {self.read_bytes / self.read_seconds / 1e9:.2f} GB/s")
-        if s.prefill_seconds:
-            parts.append(f"prefill {s.prefill_tokens / s.prefill_seconds:,.0f} tokens/s")
-        if s.decode_seconds:
-            parts.append(f"decode {s.decode_tokens / s.decode_seconds:,.0f} tokens/s")
-        return " | ".join(parts)
 
     def _meet(self, make: Callable[[], Blueprint], check: Callable[[Blueprint], None] | None) -> tuple[World, Blueprint, MeshShape, str]:
         """Check all that is cheap and meet the other ranks, in whichever order lets everyone hear of a mistake."""
@@ -358,17 +327,3 @@ class _Guard:
             explained = self.world.watchdog.explain(error)
             if explained is not error:
                 raise explained from error
-
-
-def _count(number: int) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return str(number)
-
-
-def _bytes(number: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number} B"

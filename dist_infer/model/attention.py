@@ -31,21 +31,29 @@ class KVCache:
     def __init__(
         self, layers: int, blocks: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (blocks, kv_heads, block_size, head_dim)
+        shape = (2, blocks, kv_heads, block_size, head_dim)
         self.block_size = block_size
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self._pools = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.keys = [pool[0] for pool in self._pools]
+        self.values = [pool[1] for pool in self._pools]
 
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put keys and values, each [tokens, kv_heads, head_dim], into `slots` [tokens] of `layer`."""
-        blocks, offsets = slots // self.block_size, slots % self.block_size
-        self.keys[layer][blocks, :, offsets] = keys
-        self.values[layer][blocks, :, offsets] = values
+    def rows(self, slots: Tensor) -> Tensor:
+        """[tokens * 2 * kv_heads] where `write` puts the heads of tokens whose `slots` [tokens] are given; the same in every layer."""
+        _, blocks, kv_heads, block_size, _ = self._pools[0].shape
+        heads = torch.arange(kv_heads, device=slots.device) * block_size
+        heads = torch.cat((heads, heads + blocks * kv_heads * block_size))
+        first = slots // block_size * (kv_heads * block_size) + slots % block_size
+        return (first[:, None] + heads).view(-1)
+
+    def write(self, layer: int, rows: Tensor, heads: Tensor) -> None:
+        """Put `heads` [tokens, 2 * kv_heads, head_dim], keys and then values, into `rows` of `layer`."""
+        head_dim = heads.shape[-1]
+        self._pools[layer].view(-1, head_dim).index_copy_(0, rows, heads.reshape(-1, head_dim))
 
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole blocks, in every layer."""
-        for pool in (*self.keys, *self.values):
-            pool[targets] = pool[sources]
+        for pool in self._pools:
+            pool[:, targets] = pool[:, sources]
 
 
 @dataclass(frozen=True)
@@ -71,17 +79,19 @@ class Decodes:
 
     `pairs` are (block, span) in pool order when the blocks in use lie close together and are not
     shared: then keys and values are read as a slice of the pool. Otherwise blocks are gathered.
+    In such a slice there may be blocks of nobody's; what is computed for them is not read.
     """
 
     rows: Tensor  # [spans] rows of the flat batch
     owner: Tensor  # [pairs] span of each pair
     blocks: Tensor | None  # [pairs] block of each pair; None when the pairs are the pool's slice
     first: int  # where that slice starts
-    to_spans: Tensor  # [spans * width] pair of each span's i-th block
+    to_spans: Tensor  # [spans * width] pair of each span's i-th block; of its first, beyond its last
     to_pairs: Tensor  # [pairs] the inverse; any for a pair without a span
+    used: Tensor  # [blocks of all spans] `to_spans` without what is beyond
+    starts: Tensor  # [spans] where each span's part of `used` starts
     width: int  # blocks of the longest span
     contexts: Tensor  # [spans]
-    masks: dict[int | None, Tensor]  # window -> [spans, 1, 1, width * block_size], 0 or -inf
 
 
 class AttentionPlan:
@@ -90,7 +100,9 @@ class AttentionPlan:
     def __init__(self, decodes: Decodes | None, prefills: list[tuple[Span, Tensor]], block_size: int, device: torch.device) -> None:
         self.decodes, self.prefills = decodes, prefills
         self.block_size, self.device = block_size, device
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._decode_masks: dict[int | None, Tensor] = {}
+        self._decode_rows: dict[int, tuple[Tensor, Tensor]] = {}
+        self._prefill_masks: dict[tuple[int, int | None], Tensor] = {}
 
     @classmethod
     def build(cls, spans: list[Span], block_size: int, device: torch.device) -> AttentionPlan:
@@ -104,32 +116,43 @@ class AttentionPlan:
         return cls(_plan_decodes(single, block_size, device) if single else None, prefills, block_size, device)
 
     def decode_mask(self, window: int | None) -> Tensor:
-        """[spans, 1, 1, width * block_size] added to the scores: -inf on slots a span may not see."""
+        """[spans, 1, width * block_size] added to the scores: -inf on slots a span may not see."""
         assert self.decodes is not None
-        masks = self.decodes.masks
-        if window not in masks:
+        if window not in self._decode_masks:
             slots = torch.arange(self.decodes.width * self.block_size, device=self.device)
             contexts = self.decodes.contexts[:, None]
             hidden = slots >= contexts
             if window is not None:
                 hidden |= slots < contexts - window
             mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -math.inf)
-            masks[window] = mask[:, None, None]
-        return masks[window]
+            self._decode_masks[window] = mask[:, None]
+        return self._decode_masks[window]
+
+    def decode_rows(self, heads: int) -> tuple[Tensor, Tensor]:
+        """How rows of a block's scores are reordered, from [pairs, heads] to [spans, heads, width] and back."""
+        decodes = self.decodes
+        assert decodes is not None
+        if heads not in self._decode_rows:
+            every, width = torch.arange(heads, device=self.device)[:, None], decodes.width
+            to_spans = decodes.to_spans.view(-1, 1, width) * heads + every
+            span, place = decodes.to_pairs // width, decodes.to_pairs % width
+            to_pairs = (span * heads * width + place)[:, None] + every.view(-1) * width
+            self._decode_rows[heads] = to_spans.view(-1), to_pairs.view(-1)
+        return self._decode_rows[heads]
 
     def prefill_mask(self, index: int, window: int | None) -> Tensor | None:
         """[length, context] of bool, True where a query sees a key; None when plain causal attention will do."""
         span, _ = self.prefills[index]
         if span.length == span.context and (window is None or window >= span.context):
             return None
-        if (index, window) not in self._masks:
+        if (index, window) not in self._prefill_masks:
             keys = torch.arange(span.context, device=self.device)
             queries = torch.arange(span.context - span.length, span.context, device=self.device)[:, None]
             seen = keys <= queries
             if window is not None:
                 seen &= keys > queries - window
-            self._masks[index, window] = seen
-        return self._masks[index, window]
+            self._prefill_masks[index, window] = seen
+        return self._prefill_masks[index, window]
 
 
 def _plan_decodes(spans: list[Span], block_size: int, device: torch.device) -> Decodes:
@@ -142,16 +165,17 @@ def _plan_decodes(spans: list[Span], block_size: int, device: torch.device) -> D
     used = np.arange(width) < counts[:, None]
     blocks, owner = tables[used], np.nonzero(used)[0]
     place = np.nonzero(used.reshape(-1))[0]  # of each pair in the padded [spans * width] order
+    starts = np.cumsum(counts) - counts
     first, stop = int(blocks.min()), int(blocks.max()) + 1
-    to_spans = np.zeros(len(spans) * width, dtype=np.int64)
     if stop - first <= 1.5 * len(blocks) and len(np.unique(blocks)) == len(blocks):
         owners, to_pairs = np.zeros(stop - first, dtype=np.int64), np.zeros(stop - first, dtype=np.int64)
         owners[blocks - first], to_pairs[blocks - first] = owner, place
-        to_spans[place] = blocks - first
-        gathered = None
+        pairs, gathered = blocks - first, None
     else:
         owners, to_pairs, gathered = owner, place, torch.from_numpy(blocks).to(device)
-        to_spans[place] = np.arange(len(blocks))
+        pairs = np.arange(len(blocks))
+    to_spans = np.repeat(pairs[starts], width)
+    to_spans[place] = pairs
     return Decodes(
         rows=torch.tensor([span.start for span in spans], device=device),
         owner=torch.from_numpy(owners).to(device),
@@ -159,9 +183,10 @@ def _plan_decodes(spans: list[Span], block_size: int, device: torch.device) -> D
         first=first,
         to_spans=torch.from_numpy(to_spans).to(device),
         to_pairs=torch.from_numpy(to_pairs).to(device),
+        used=torch.from_numpy(pairs).to(device),
+        starts=torch.from_numpy(starts).to(device),
         width=width,
         contexts=torch.from_numpy(contexts).to(device),
-        masks={},
     )
 
 
@@ -181,25 +206,21 @@ def attend_decodes(q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan,
     decodes, block_size = plan.decodes, plan.block_size
     assert decodes is not None
     spans, kv_heads, group, head_dim = q.shape
-    pairs, width = len(decodes.owner), decodes.width
+    pairs = len(decodes.owner)
     if decodes.blocks is None:
         keys, values = keys[decodes.first : decodes.first + pairs], values[decodes.first : decodes.first + pairs]
     else:
         keys, values = keys.index_select(0, decodes.blocks), values.index_select(0, decodes.blocks)
+    to_spans, to_pairs = plan.decode_rows(kv_heads * group)
     queries = (q * scale).index_select(0, decodes.owner).view(pairs * kv_heads, group, head_dim)
     scores = torch.bmm(queries, keys.reshape(pairs * kv_heads, block_size, head_dim).transpose(1, 2))
-    scores = scores.view(pairs, -1).index_select(0, decodes.to_spans).view(spans, width, kv_heads, group, block_size)
-    scores = scores.permute(0, 2, 3, 1, 4).reshape(spans, kv_heads, group, width * block_size).float()
-    probabilities = torch.softmax(scores + plan.decode_mask(window), dim=-1).to(q.dtype)
-    probabilities = probabilities.view(spans, kv_heads, group, width, block_size).permute(0, 3, 1, 2, 4)
-    probabilities = probabilities.reshape(spans * width, -1).index_select(0, decodes.to_pairs)
-    outputs = torch.bmm(probabilities.view(pairs * kv_heads, group, block_size), values.reshape(pairs * kv_heads, block_size, head_dim))
-    # Padding and foreign pairs carry somebody else's output: drop them before summing over a span's blocks.
-    outputs = outputs.view(pairs, -1).index_select(0, decodes.to_spans).view(spans, width, -1)
-    if width > 1:
-        beyond = (torch.arange(width, device=q.device) * block_size >= decodes.contexts[:, None])[..., None]
-        outputs = outputs.masked_fill(beyond, 0)
-    return outputs.sum(1, dtype=torch.float32).to(q.dtype).view(spans, kv_heads, group, head_dim)
+    scores = scores.view(-1, block_size).index_select(0, to_spans).view(spans, kv_heads * group, -1)
+    probabilities = torch.softmax(scores + plan.decode_mask(window), dim=-1).to(q.dtype)  # the mask makes the scores float32
+    probabilities = probabilities.view(-1, block_size).index_select(0, to_pairs).view(pairs * kv_heads, group, block_size)
+    outputs = torch.bmm(probabilities, values.reshape(pairs * kv_heads, block_size, head_dim))
+    # A bag is a sum of rows, in float32 inside.
+    outputs = F.embedding_bag(decodes.used, outputs.view(pairs, -1), decodes.starts, mode="sum")
+    return outputs.view(spans, kv_heads, group, head_dim)
 
 
 def attend_prefill(q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, index: int, window: int | None, scale: float) -> Tensor:
@@ -233,18 +254,19 @@ class Attention(nn.Module):
         self.output = RowParallelLinear(self.heads * self.head_dim, config.hidden_size, config.output_bias, tp)
         self.group, self.places = _group_places(config, cut, device)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, plan: AttentionPlan, slots: Tensor) -> Tensor:
-        """[tokens, hidden] -> [tokens, hidden]; the span's keys and values enter the cache."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, plan: AttentionPlan, rows: Tensor) -> Tensor:
+        """[tokens, hidden] -> [tokens, hidden]; the span's keys and values enter `rows` of the cache."""
         tokens = len(x)
         if not tokens:
             return self.output(x.new_zeros(0, self.heads * self.head_dim))
         qkv = self.qkv(x).view(tokens, self.heads + 2 * self.kv_heads, self.head_dim)
-        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        q, kv = qkv.split((self.heads, 2 * self.kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk.split((self.heads, self.kv_heads), dim=1)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
-        q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)
-        cache.write(self.layer, slots, k, v)
+            k = kv[:, : self.kv_heads]
+            q.copy_(self.q_norm(q))
+            k.copy_(self.k_norm(k))
+        rotate(qkv[:, : self.heads + self.kv_heads], cos, sin)
+        cache.write(self.layer, rows, kv)
         mixed = self._mix(self._grouped(q), cache.keys[self.layer], cache.values[self.layer], plan)
         mixed = mixed.reshape(tokens, self.kv_heads * self.group, self.head_dim)
         if self.places is not None:

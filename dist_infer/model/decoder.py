@@ -30,9 +30,9 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config.hidden_size, ffn[1] - ffn[0], config.mlp_bias, tp)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, plan: AttentionPlan, slots: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, plan: AttentionPlan, rows: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden]."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, cache, plan, slots)
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache, plan, rows)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -75,8 +75,9 @@ class Decoder(nn.Module):
         """
         x = self.embedding(batch.tokens)
         cos, sin = self.rotary.angles(batch.positions, batch.rope_lengths, x.dtype)
+        cache_rows = cache.rows(batch.cache_slots)
         for block in self.blocks:
-            x = block(x, cos, sin, cache, batch.attention, batch.cache_slots)
-        rows = self.norm(x.index_select(0, batch.logit_rows))
-        for start in range(0, len(rows), LOGIT_ROWS):
-            reduce(self.head(rows[start : start + LOGIT_ROWS]).float(), start)
+            x = block(x, cos, sin, cache, batch.attention, cache_rows)
+        wanted = self.norm(x.index_select(0, batch.logit_rows))
+        for start in range(0, len(wanted), LOGIT_ROWS):
+            reduce(self.head(wanted[start : start + LOGIT_ROWS]).float(), start)

@@ -25,7 +25,7 @@ class Linear(nn.Module):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x times the weight, plus `bias`."""
-        if self._packed is not None and len(x):
+        if self._packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
         return F.linear(x, self.weight, bias)
 

@@ -50,7 +50,7 @@ class Rotary:
         return 1 if self.type == "longrope" else length
 
     def angles(self, positions: Tensor, lengths: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [tokens, 1, rotary_dim], for rotating queries and keys.
+        """cos and sin, each [tokens, 1, rotary_dim], as `rotate` wants them: the first half of the sines is negative.
 
         Args:
             positions: [tokens] position of each token in its sequence.
@@ -67,7 +67,7 @@ class Rotary:
                 scaled, scale = self._at(self.regime(length), length)
                 angles[rows] = positions[rows, None].float() * scaled
                 factor[rows] = scale
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = torch.cat((-angles, angles), dim=-1)
         return (angles.cos() * factor).to(dtype)[:, None], (angles.sin() * factor).to(dtype)[:, None]
 
     def _at(self, regime: int, length: int) -> tuple[Tensor, float]:
@@ -89,10 +89,8 @@ class Rotary:
         return frequencies.to(self.device), scale
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x` [tokens, heads, head_dim] by its positions, in Hugging Face's convention (two halves)."""
-    width = cos.shape[-1]
-    if width < x.shape[-1]:
-        return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate `x` [tokens, heads, head_dim] by its positions, in place, in Hugging Face's convention (two halves)."""
+    x = x[..., : cos.shape[-1]]
+    turned = x.roll(x.shape[-1] // 2, -1)
+    x.mul_(cos).addcmul_(turned, sin)

@@ -11,7 +11,7 @@ import pytest
 from dist_infer.config.options import Options, known_keys, read_options
 from dist_infer.config.sampling import FALLBACK, SamplingParams
 
-TEXTS = ["yes", "${x}", "1e3", "~", "null", "it's \"quoted\"", "two\nlines\ttab", "😀 ünïcode", "# no comment", "a: b", "{x}", "", " "]
+TEXTS = ["yes", "${x}", "1e3", "~", "null", 'it\'s "quoted"', "two\nlines\ttab", "😀 ünïcode", "# no comment", "a: b", "{x}", "", " "]
 
 
 def from_yaml(tmp_path: Path, text: str, *overrides: str) -> Options:
@@ -26,7 +26,13 @@ def test_defaults() -> None:
 
 def test_overrides() -> None:
     options = read_options(
-        ["model.path=runs/step_5", "parallel.tp=2", "engine.kv_cache_gib=1e-3", "engine.prefix_cache=false", "sampling.logit_bias={5: -1, 7: 2.5}"]
+        [
+            "model.path=runs/step_5",
+            "parallel.tp=2",
+            "engine.kv_cache_gib=1e-3",
+            "engine.prefix_cache=false",
+            "sampling.logit_bias={5: -1, 7: 2.5}",
+        ]
     )
     assert (options.model.path, options.parallel.tp, options.engine.kv_cache_gib) == ("runs/step_5", 2, 0.001)
     assert options.engine.prefix_cache is False

@@ -94,7 +94,7 @@ def greedy(path: Path, prompt: Sequence[int], count: int, cache: bool = True) ->
         count: Tokens to produce.
         cache: Keep keys and values; else each step computes the whole sequence anew.
     """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     out = model.generate(
         torch.tensor([list(prompt)]),
         max_new_tokens=count,

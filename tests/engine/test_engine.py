@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,7 +58,7 @@ class ContextModel:
         if not len(batch.tokens):
             return
         held = batch.tokens.float()[:, None, None]
-        cache.write(0, batch.cache_slots, held, held)
+        cache.write(0, cache.rows(batch.cache_slots), torch.cat((held, held), dim=1))
         contexts: dict[int, list[int]] = {}  # row of a span's last token -> context
         for first, length, blocks, context in _spans(batch.attention):
             tokens = cache.keys[0][blocks, 0, :, 0].reshape(-1)[:context].long().tolist()
@@ -85,12 +86,13 @@ class Wire:
     def __init__(self, size: int) -> None:
         self.size = size
         self.workers: list[Runner] = []
-        self.sent: deque[Tensor] = deque()
         self.received: list[deque[Tensor]] = [deque() for _ in range(size)]
+        self.spoke = Event()
 
     def broadcast(self, tensor: Tensor) -> None:
         for inbox in self.received[1:]:
             inbox.append(tensor.clone())
+        self.spoke.set()
 
     def gather(self, answer: Tensor) -> list[Tensor]:
         return [answer, *(self.follow(worker, rank) for rank, worker in enumerate(self.workers, 1))]
@@ -372,9 +374,7 @@ def test_an_idle_leader_says_that_it_is_alive() -> None:
     engine = make_engine(tp=2, heartbeat_s=0.01)
     worker, inbox = engine.runner.mesh.control.workers[0], engine.runner.mesh.control.received[1]  # type: ignore[attr-defined]
     engine.resume()
-    beat = engine._closing.wait
-    while not inbox:
-        beat(0.005)
+    assert engine.runner.mesh.control.spoke.wait(30)  # type: ignore[attr-defined]
     assert worker.receive().kind == Kind.HEARTBEAT
     engine.close()
     kinds = set()

@@ -64,12 +64,13 @@ def train(family: str, mesh: dict[str, int] | None) -> tuple[list[list[int]], li
         optimizer.zero_grad()
     state = {name: numbers(parameter) for name, parameter in model.named_parameters()}
     moments = [numbers(value) for values in optimizer.state.values() for value in values.values()]
-    generators = (torch.get_rng_state().numpy(), np.random.get_state()[1], random.getstate())
+    generators = (torch.get_rng_state().numpy(), np.random.get_state(legacy=False)["state"]["key"], random.getstate())
     return said, expected, (state, moments, generators)
 
 
 def look(model: torch.nn.Module, mesh: dict[str, int]) -> list[list[int]]:
-    with LLM.from_model(model, **mesh, overrides=["device=cpu", "model.dtype=float32", "engine.max_batch_tokens=9"]) as llm:
+    axes: dict[str, Any] = dict(mesh)
+    with LLM.from_model(model, **axes, overrides=["device=cpu", "model.dtype=float32", "engine.max_batch_tokens=9"]) as llm:
         results = llm.generate(PROMPTS, SamplingParams(max_tokens=10))
         sampled = llm.generate(PROMPTS, SamplingParams(max_tokens=5, temperature=1.0, n=2))
     assert (len(results), len(sampled)) == ((5, 5) if dist.get_rank() == 0 else (0, 0))

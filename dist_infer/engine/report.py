@@ -1,0 +1,54 @@
+"""What a run says of itself: what made its results, and one line at the end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+from dist_infer.engine.session import Session
+
+
+def provenance(session: Session) -> dict[str, Any]:
+    """What made a result: checkpoint, topology, the options that differ from the defaults, and versions."""
+    checkpoint, shape = session.blueprint.checkpoint, session.mesh.shape
+    return {
+        "checkpoint": str(checkpoint.path) if checkpoint is not None else None,
+        "identity": checkpoint.identity if checkpoint is not None else None,
+        "topology": {"replicas": shape.replicas, "fsdp": shape.fsdp, "tp": shape.tp, "device": session.world.device.type},
+        "dtype": str(session.blueprint.dtype).removeprefix("torch."),
+        "options": session.options.changed(),
+        "versions": {name: importlib.metadata.version(name) for name in ("dist_infer", "torch", "transformers")}
+        | {"python": platform.python_version()},
+    }
+
+
+def summary(session: Session) -> str:
+    """One line: parameters, topology, bytes read and GB/s, prefill and decode tokens/s (of the conductor's replica)."""
+    assert session.engine is not None
+    s, shape = session.engine.statistics, session.mesh.shape
+    parts = [
+        f"{_short(session.blueprint.parameters)} parameters",
+        f"replicas={shape.replicas} fsdp={shape.fsdp} tp={shape.tp} on {session.world.device.type}",
+    ]
+    if session.read_seconds:
+        parts.append(f"read {_bytes(session.read_bytes)} at {session.read_bytes / session.read_seconds / 1e9:.2f} GB/s")
+    if s.prefill_seconds:
+        parts.append(f"prefill {s.prefill_tokens / s.prefill_seconds:,.0f} tokens/s")
+    if s.decode_seconds:
+        parts.append(f"decode {s.decode_tokens / s.decode_seconds:,.0f} tokens/s")
+    return " | ".join(parts)
+
+
+def _short(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number} B"
