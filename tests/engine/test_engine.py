@@ -235,6 +235,19 @@ def test_results_are_those_of_each_sequence_alone(way: dict[str, Any]) -> None:
             check_logprobs(request, output.token_ids, output.logprobs)
 
 
+@pytest.mark.parametrize("way", [{}, {"fsdp": 2, "tp": 2}], ids=str)
+def test_many_rows_of_a_step_are_resolved_in_the_next(way: dict[str, Any]) -> None:
+    engine = make_engine(max_batch_tokens=64, **way)
+    params = SamplingParams(temperature=3.0, top_p=0.002, max_tokens=6, ignore_eos=True, logprobs=0)
+    requests = [Request(str(i), [i, 9], params, seed=i) for i in range(8)]
+    results = run(engine, requests)
+    assert engine.statistics.resolved > 24
+    for request in requests:
+        output = results[request.id].outputs[0]
+        assert output.token_ids == alone(request, 0)
+        check_logprobs(request, output.token_ids, output.logprobs)
+
+
 def check_logprobs(request: Request, tokens: list[int], logprobs: Any) -> None:
     if request.params.logprobs is None:
         assert logprobs is None
@@ -286,7 +299,7 @@ def test_the_longest_requests_fit() -> None:
 def test_a_request_without_finite_logits_fails_alone(way: dict[str, Any]) -> None:
     bad = [
         Request("x", [5, POISON], SamplingParams(n=3, temperature=1.0)),
-        Request("y", [5, POISON, 6], score_from=1),
+        Request("y", [5, POISON, 6, POISON, 8], score_from=1),
         Request("z", [5, 6], SamplingParams(logit_bias={POISON: 100.0})),
     ]
     good = traffic(6)

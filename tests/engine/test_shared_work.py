@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Event
 
 import pytest
 import torch.distributed as dist
@@ -33,10 +33,13 @@ def answer(request: Request, leader: int) -> Result:
 def test_each_request_is_run_once_and_each_result_collected_once(count: int) -> None:
     store = dist.HashStore()
     calls, leaders = 3, 3
-    together = Barrier(leaders)
+    together, over = Barrier(leaders), Event()
+
+    def check() -> None:
+        assert not over.is_set(), "the conductor has left"
 
     def follow(leader: int) -> list[list[Request]]:
-        work = SharedWork(store, leaders, nothing)
+        work = SharedWork(store, leaders, check)
         taken = []
         while work.await_call():
             together.wait(10)
@@ -44,12 +47,12 @@ def test_each_request_is_run_once_and_each_result_collected_once(count: int) -> 
             for request in work.take():
                 taken[-1].append(request)
                 work.deliver([answer(request, leader)])
-            work.finish()
             together.wait(10)
+            work.finish()
         return taken
 
     def conduct() -> tuple[list[list[Request]], list[list[Result]]]:
-        work = SharedWork(store, leaders, nothing)
+        work = SharedWork(store, leaders, check)
         taken, collected = [], []
         for _ in range(calls):
             work.publish(requests(count))
@@ -59,18 +62,19 @@ def test_each_request_is_run_once_and_each_result_collected_once(count: int) -> 
             for request in work.take():
                 taken[-1].append(request)
                 results += [answer(request, 0), *work.collect()]
-            while len(results) < count:
-                results += work.collect()
-            collected.append(results)
-            work.finish()
             together.wait(10)
+            collected.append([*results, *work.collect()])
+            work.finish()
         work.close()
         return taken, collected
 
     with ThreadPoolExecutor(leaders) as pool:
         followers = [pool.submit(follow, leader) for leader in range(1, leaders)]
-        first, collected = conduct()
-        taken = [first, *(follower.result(20) for follower in followers)]
+        try:
+            first, collected = conduct()
+            taken = [first, *(follower.result(20) for follower in followers)]
+        finally:
+            over.set()
     for call in range(calls):
         everything = [request for leader in taken for request in leader[call]]
         assert sorted(everything, key=lambda r: r.index) == requests(count)
