@@ -1,6 +1,6 @@
 """Loading a DCP checkpoint beside `dcp.load`, page cache warm: seconds, and bytes asked of the files.
 
-    python benchmarks/load.py [--rounds 5]
+python benchmarks/load.py [--rounds 5]
 """
 
 from __future__ import annotations

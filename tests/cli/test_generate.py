@@ -63,7 +63,20 @@ def test_file_of_every_kind_of_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     output = tmp_path / "out.jsonl"
     assert main(["generate", QUICKSTART, f"input={write(tmp_path / 'in.jsonl', lines)}", f"output={output}"]) == 0
     results = read(output)
-    assert [line["id"] for line in results] == ["text", "1", "chat", "tokens", "empty", "long", "none", "typo", "range", "ids", "type", "last"]
+    assert [line["id"] for line in results] == [
+        "text",
+        "1",
+        "chat",
+        "tokens",
+        "empty",
+        "long",
+        "none",
+        "typo",
+        "range",
+        "ids",
+        "type",
+        "last",
+    ]
     errors = {line["id"]: (line["line"], line["error"]) for line in results if "error" in line}
     assert {key: number for key, (number, _) in errors.items()} == {
         "1": 2, "empty": 6, "long": 7, "none": 8, "typo": 9, "range": 10, "ids": 11, "type": 12,

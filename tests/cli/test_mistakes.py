@@ -20,7 +20,11 @@ PROMPT = 'prompts=["What is 1 + 1?"]'
 
 def bad(name: str) -> list[str]:
     """Arguments that name a damaged checkpoint written by KempnerForge."""
-    return [f"model.path={BAD / name / 'checkpoints/step_3'}", f"model.config={BAD / name / 'config.toml'}", f"model.tokenizer={QUICKSTART}"]
+    return [
+        f"model.path={BAD / name / 'checkpoints/step_3'}",
+        f"model.config={BAD / name / 'config.toml'}",
+        f"model.tokenizer={QUICKSTART}",
+    ]
 
 
 MISTAKES = {

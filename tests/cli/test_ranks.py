@@ -106,7 +106,11 @@ def test_under_srun_variables() -> None:
 
 def test_damaged_weights_on_two_ranks() -> None:
     bad = ROOT / "tests/data/fixtures/bad/f_nan"
-    path = [f"model.path={bad / 'checkpoints'}", f"model.config={bad / 'config.toml'}", f"model.tokenizer={ROOT / 'examples/quickstart/run'}"]
+    path = [
+        f"model.path={bad / 'checkpoints'}",
+        f"model.config={bad / 'config.toml'}",
+        f"model.tokenizer={ROOT / 'examples/quickstart/run'}",
+    ]
     done = run("generate", PROMPTS, "parallel.tp=2", *path)
     assert done.returncode == 2 and done.stdout == ""
     assert "weight model.layers.1.mlp.down_proj.weight[35, 4] is nan" in done.stderr.splitlines()[-1]
