@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ class Run:
         """A run whose steps ended at `times`, with `counts` tokens made by then."""
         first = next(step for step, count in enumerate(counts) if count >= len(tokens))
         times, counts = times[first:], counts[first:]
-        steps = [after - before for before, after in zip(times, times[1:], strict=False)]
+        steps = [after - before for before, after in pairwise(times)]
         return cls(tokens, (counts[-1] - counts[0]) / (times[-1] - times[0]), 1e3 * statistics.median(steps))
 
 
@@ -192,9 +193,9 @@ def compare(batches: list[int], tps: list[int], rounds: int, prompt_tokens: int,
                     "check": asdict(checked),
                 }
                 records.append(record)
+                rates = f"{record['rate']:>10,.1f} {record['ratio']:>7.2f} {record['step_ms']:>9.2f} {record['step_ratio']:>7.2f}"
                 print(
-                    f"{side:>12} {batch:>6} {record['rate']:>10,.1f} {record['ratio']:>7.2f} {record['step_ms']:>9.2f} {record['step_ratio']:>7.2f}"
-                    f"   {checked.agree}/{checked.tokens} agree, {checked.wrong} of {checked.clear} clear ones wrong",
+                    f"{side:>12} {batch:>6} {rates}   {checked.agree}/{checked.tokens} agree, {checked.wrong} of {checked.clear} clear ones wrong",
                     flush=True,
                 )
     return records
@@ -210,9 +211,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens made for each sequence")
     parser.add_argument("--json", type=Path, help="file for all figures")
     args = parser.parse_args()
-    print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, medians of {args.rounds} rounds"
-    )
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{versions}, {torch.get_num_threads()} threads, medians of {args.rounds} rounds")
     print(f"{'side':>12} {'batch':>6} {'tokens/s':>10} {'ratio':>7} {'step ms':>9} {'ratio':>7}   tokens against float32", flush=True)
     records = compare(args.batches, args.tp, args.rounds, args.prompt_tokens, args.new_tokens)
     if args.json is not None:

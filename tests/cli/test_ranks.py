@@ -97,10 +97,12 @@ def test_under_srun_variables() -> None:
     common |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_STEP_NODELIST": "localhost", "SLURM_TASKS_PER_NODE": "2"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     arguments = ("generate", QUICKSTART, PROMPTS, "parallel.tp=2")
-    with started(*arguments, SLURM_PROCID="0", SLURM_LOCALID="0", **common) as first:
-        with started(*arguments, SLURM_PROCID="1", SLURM_LOCALID="1", **common) as second:
-            assert second.communicate(timeout=TIMEOUT)[0] == ""
-            out, error = first.communicate(timeout=TIMEOUT)
+    with (
+        started(*arguments, SLURM_PROCID="0", SLURM_LOCALID="0", **common) as first,
+        started(*arguments, SLURM_PROCID="1", SLURM_LOCALID="1", **common) as second,
+    ):
+        assert second.communicate(timeout=TIMEOUT)[0] == ""
+        out, error = first.communicate(timeout=TIMEOUT)
     assert (first.returncode, second.returncode, out) == (0, 0, ANSWERS), error
 
 
