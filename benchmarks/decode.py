@@ -193,11 +193,9 @@ def compare(batches: list[int], tps: list[int], rounds: int, prompt_tokens: int,
                     "check": asdict(checked),
                 }
                 records.append(record)
-                rates = f"{record['rate']:>10,.1f} {record['ratio']:>7.2f} {record['step_ms']:>9.2f} {record['step_ratio']:>7.2f}"
-                print(
-                    f"{side:>12} {batch:>6} {rates}   {checked.agree}/{checked.tokens} agree, {checked.wrong} of {checked.clear} clear ones wrong",
-                    flush=True,
-                )
+                speeds = f"{record['rate']:>10,.1f} {record['ratio']:>7.2f} {record['step_ms']:>9.2f} {record['step_ratio']:>7.2f}"
+                truth = f"{checked.agree}/{checked.tokens} agree, {checked.wrong} of {checked.clear} clear ones wrong"
+                print(f"{side:>12} {batch:>6} {speeds}   {truth}", flush=True)
     return records
 
 
