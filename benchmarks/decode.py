@@ -170,14 +170,13 @@ def compare(batches: list[int], tps: list[int], rounds: int, prompt_tokens: int,
             sides[f"tp={tp}"] = Ours(Path(directory), tp, max(batches) * prompt_tokens).run
         for batch in batches:
             runs: dict[str, list[Run]] = {side: [] for side in sides}
+            generator = torch.Generator().manual_seed(batch)
+            prompts = torch.randint(3, VOCABULARY, (rounds, batch, prompt_tokens), generator=generator)
             for number in range(rounds):
-                prompts = torch.randint(
-                    3, VOCABULARY, (batch, prompt_tokens), generator=torch.Generator().manual_seed(1000 * batch + number)
-                )
                 for side, run in sides.items():
-                    runs[side].append(run(prompts, new_tokens))
+                    runs[side].append(run(prompts[number], new_tokens))
             for side in sides:
-                checked = check(model, exact, prompts, runs[side][-1].tokens)
+                checked = check(model, exact, prompts[-1], runs[side][-1].tokens)
                 rates, steps = [run.rate for run in runs[side]], [run.step_ms for run in runs[side]]
                 ratios = [ours.rate / theirs.rate for ours, theirs in zip(runs[side], runs["transformers"], strict=True)]
                 step_ratios = [theirs.step_ms / ours.step_ms for ours, theirs in zip(runs[side], runs["transformers"], strict=True)]
@@ -203,7 +202,7 @@ def main() -> None:
     """Read the command line, run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="sequences at once")
-    parser.add_argument("--tp", type=int, nargs="+", default=[1], help="our tp sizes, each a side of its own")
+    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2], help="our tp sizes, each a side of its own")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each side")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens made for each sequence")
