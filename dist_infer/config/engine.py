@@ -22,3 +22,4 @@ class EngineOptions:
     prefix_cache: bool = option(True, "reuse the KV blocks of prompts that begin alike")
     chunked_prefill: bool = option(True, "let a long prompt enter over several steps, beside running sequences")
     pack_weights: bool = option(True, "reorder weights once for the CPU's matrix units (fsdp=1 only)")
+    native_kernels: bool = option(True, "compile small CPU kernels on first use, where a C++ compiler is found")

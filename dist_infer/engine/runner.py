@@ -11,8 +11,8 @@ from torch import Tensor
 from dist_infer.config.engine import EngineOptions
 from dist_infer.distributed.mesh import Mesh
 from dist_infer.engine.step import Kind, SpanOfStep, Step
-from dist_infer.model.attention import KVCache
 from dist_infer.model.batch import Batch, TokenSpan
+from dist_infer.model.cache import KVCache
 from dist_infer.model.decoder import LOGIT_ROWS, Decoder
 from dist_infer.model.weights import cut
 from dist_infer.sampling.slots import Rows, SlotParams, SlotTable

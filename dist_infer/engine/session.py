@@ -27,6 +27,7 @@ from dist_infer.engine.request import Request, Result
 from dist_infer.engine.runner import Runner
 from dist_infer.engine.scheduler import RopeRules, Scheduler
 from dist_infer.engine.shared_work import SharedWork
+from dist_infer.model.native import Kernels, kernels
 
 Sink = Callable[[list[Delta], list[Result]], None]
 USER_ERRORS = (ValueError, OSError)
@@ -221,6 +222,7 @@ class Session:
             requested = report.bytes_requested
         if options.engine.pack_weights:
             shard.pack()
+        shard.decoder.use(self._kernels())
         # The slowest rank's time counts for all.
         loads = self.world.exchange("loaded", [requested, time.perf_counter() - began])
         self.read_bytes, self.read_seconds = sum(load[0] for load in loads), max(load[1] for load in loads) if weights is None else 0.0
@@ -242,6 +244,12 @@ class Session:
             if self.mesh.shape.replicas > 1:
                 assert self.world.store is not None
                 self.work = SharedWork(self.world.store, self.mesh.shape.replicas, self.world.watchdog.check)
+
+    def _kernels(self) -> Kernels | None:
+        """The compiled kernels, if every rank has them: what all hold alike must be computed alike."""
+        wanted = self.options.engine.native_kernels and self.world.device.type == "cpu"
+        found = kernels(self.blueprint.dtype) if wanted else None
+        return found if all(self.world.exchange("native kernels", found is not None)) else None
 
     def _make_engine(self, plan: KVPlan) -> Engine:
         blueprint, limits, rotary = self.blueprint, self.options.engine, self.runner.decoder.rotary

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_infer.model.attention import AttentionPlan, Span
+from dist_infer.model.attention_plan import AttentionPlan, Span
 from dist_infer.model.rotary import Rotary
 
 
@@ -40,7 +40,6 @@ class Batch:
         tokens: [tokens] token ids.
         positions: [tokens] position of each in its sequence.
         rope_lengths: [tokens] length that decides the rotary regime; None when no token has left the first.
-        cache_slots: [tokens] where keys and values go: block * block_size + offset.
         logit_rows: [rows] indices of the tokens whose logits are wanted.
         attention: What every layer's attention shares.
     """
@@ -48,7 +47,6 @@ class Batch:
     tokens: Tensor
     positions: Tensor
     rope_lengths: Tensor | None
-    cache_slots: Tensor
     logit_rows: Tensor
     attention: AttentionPlan
 
@@ -57,7 +55,7 @@ class Batch:
         """Flatten `spans`, in order; none makes the batch of a rank that only keeps step with others."""
         if not spans:
             none = torch.empty(0, dtype=torch.long, device=device)
-            return cls(none, none, None, none, none, AttentionPlan.build([], block_size, device))
+            return cls(none, none, None, none, AttentionPlan([], none, block_size))
         tokens: list[int] = []
         logit_rows: list[int] = []
         positions, slots, attention = [], [], []
@@ -74,9 +72,8 @@ class Batch:
             tokens=torch.tensor(tokens, device=device),
             positions=torch.from_numpy(position_array).to(device),
             rope_lengths=_rope_lengths(spans, position_array, rotary, device),
-            cache_slots=torch.from_numpy(np.concatenate(slots)).to(device),
             logit_rows=torch.tensor(logit_rows, dtype=torch.long, device=device),
-            attention=AttentionPlan.build(attention, block_size, device),
+            attention=AttentionPlan(attention, torch.from_numpy(np.concatenate(slots)).to(device), block_size),
         )
 
 

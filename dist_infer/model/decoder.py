@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from dist_infer.distributed.collectives import Communicator
-from dist_infer.model.attention import Attention, AttentionPlan, KVCache
+from dist_infer.model.attention import Attention
+from dist_infer.model.attention_plan import AttentionPlan
 from dist_infer.model.batch import Batch
+from dist_infer.model.cache import KVCache
 from dist_infer.model.config import ModelConfig
 from dist_infer.model.layers import GatedMLP, Linear, RMSNorm, VocabularyParallelEmbedding
+from dist_infer.model.native import Kernels
 from dist_infer.model.rotary import Rotary
 from dist_infer.model.weights import HeadCut, cut
 
@@ -30,10 +33,12 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config.hidden_size, ffn[1] - ffn[0], config.mlp_bias, tp)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, plan: AttentionPlan, rows: Tensor) -> Tensor:
-        """[tokens, hidden] -> [tokens, hidden]."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, cache, plan, rows)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache, plan: AttentionPlan
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream `x` [tokens, hidden], and what the layer before has still to add to it; likewise out. `x` is overwritten."""
+        attended = self.attention(self.attention_norm.after(x, delta), cos, sin, cache, plan)
+        return x, self.mlp(self.mlp_norm.after(x, attended))
 
 
 class Decoder(nn.Module):
@@ -64,6 +69,12 @@ class Decoder(nn.Module):
         heads = kv_heads[1] - kv_heads[0]
         return KVCache(self.config.layers, blocks, heads, block_size, self.config.head_dim, weight.dtype, self.rotary.device)
 
+    def use(self, kernels: Kernels | None) -> None:
+        """Let the layers compute with `kernels` where they can."""
+        for module in self.modules():
+            if isinstance(module, Attention | RMSNorm | GatedMLP):
+                module.kernels = kernels
+
     def forward(self, batch: Batch, cache: KVCache, reduce: Callable[[Tensor, int], None]) -> None:
         """One step: the spans' keys and values enter the cache, the wanted logits go to `reduce`.
 
@@ -75,9 +86,11 @@ class Decoder(nn.Module):
         """
         x = self.embedding(batch.tokens)
         cos, sin = self.rotary.angles(batch.positions, batch.rope_lengths, x.dtype)
-        cache_rows = cache.rows(batch.cache_slots)
+        delta = None
         for block in self.blocks:
-            x = block(x, cos, sin, cache, batch.attention, cache_rows)
-        wanted = self.norm(x.index_select(0, batch.logit_rows))
+            x, delta = block(x, delta, cos, sin, cache, batch.attention)
+        assert delta is not None, "a model of no layers"
+        rows = batch.logit_rows
+        wanted = self.norm.after(x.index_select(0, rows), delta.index_select(0, rows))
         for start in range(0, len(wanted), LOGIT_ROWS):
             reduce(self.head(wanted[start : start + LOGIT_ROWS]).float(), start)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_infer.distributed.collectives import Communicator
+from dist_infer.model.native import Kernels
 
 
 class Linear(nn.Module):
@@ -91,6 +92,8 @@ class VocabularyParallelEmbedding(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square normalization over the last dim."""
 
+    kernels: Kernels | None = None
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
@@ -100,9 +103,17 @@ class RMSNorm(nn.Module):
         """[..., size] -> [..., size]."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
+    def after(self, x: Tensor, delta: Tensor | None) -> Tensor:
+        """Add `delta` to the residual stream `x` [tokens, size] in place, and normalize the sum."""
+        if self.kernels is not None:
+            return self.kernels.add_rms_norm(x, delta, self.weight, self.eps)
+        return self(x if delta is None else x.add_(delta))
+
 
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)); gate and up are one matrix, stacked."""
+
+    kernels: Kernels | None = None
 
     def __init__(self, hidden: int, ffn: int, bias: bool, tp: Communicator) -> None:
         super().__init__()
@@ -111,5 +122,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        gate_up = self.gate_up(x)
+        if self.kernels is not None:
+            return self.down(self.kernels.silu_and_multiply(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.down(F.silu(gate).mul_(up))

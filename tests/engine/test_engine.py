@@ -26,8 +26,9 @@ from dist_infer.engine.request import Request, Result
 from dist_infer.engine.runner import Runner
 from dist_infer.engine.scheduler import RopeRules, Scheduler
 from dist_infer.engine.step import Kind
-from dist_infer.model.attention import AttentionPlan, KVCache
+from dist_infer.model.attention_plan import AttentionPlan
 from dist_infer.model.batch import Batch
+from dist_infer.model.cache import KVCache
 from dist_infer.model.weights import cut
 from dist_infer.sampling.sample import sample
 
@@ -58,7 +59,7 @@ class ContextModel:
         if not len(batch.tokens):
             return
         held = batch.tokens.float()[:, None, None]
-        cache.write(0, cache.rows(batch.cache_slots), torch.cat((held, held), dim=1))
+        cache.write(0, cache.rows(batch.attention.slots), torch.cat((held, held), dim=1))
         contexts: dict[int, list[int]] = {}  # row of a span's last token -> context
         for first, length, blocks, context in _spans(batch.attention):
             tokens = cache.keys[0][blocks, 0, :, 0].reshape(-1)[:context].long().tolist()
@@ -73,9 +74,7 @@ def _spans(plan: AttentionPlan) -> list[tuple[int, int, list[int], int]]:
     spans = [(span.start, span.length, blocks.tolist(), span.context) for span, blocks in plan.prefills]
     decodes = plan.decodes
     if decodes is not None:
-        of_pair = decodes.blocks if decodes.blocks is not None else torch.arange(decodes.first, decodes.first + len(decodes.owner))
-        tables = of_pair[decodes.to_spans].view(-1, decodes.width)
-        for row, table, context in zip(decodes.rows.tolist(), tables.tolist(), decodes.contexts.tolist(), strict=True):
+        for row, table, context in zip(decodes.rows.tolist(), decodes.tables.tolist(), decodes.contexts.tolist(), strict=True):
             spans.append((row, 1, table, context))
     return spans
 

@@ -14,8 +14,8 @@ from tests.engine.references import CHECKPOINTS, Reference, reference
 from tests.ranks import Ranks
 
 MESHES = [Mesh(), Mesh(tp=2), Mesh(tp=4), Mesh(fsdp=2), Mesh(fsdp=4), Mesh(tp=2, fsdp=2), Mesh(replicas=2)]
-# What a case chooses from: fixture, mesh, chunked prefill, prefix cache, block size, memory.
-FACTORS: list[list[Any]] = [list(CHECKPOINTS), MESHES, [True, False], [True, False], [1, 3, 16, 256], ["ample", "tight"]]
+# What a case chooses from: fixture, mesh, chunked prefill, prefix cache, block size, memory, compiled kernels.
+FACTORS: list[list[Any]] = [list(CHECKPOINTS), MESHES, [True, False], [True, False], [1, 3, 16, 256], ["ample", "tight"], [True, False]]
 LONGEST = 64  # tokens of the longest sequence
 
 
@@ -47,9 +47,9 @@ def work(expected: Reference) -> tuple[list[Request], list[list[int]]]:
     return requests, tokens
 
 
-@pytest.mark.parametrize(("name", "mesh", "chunked", "prefix_cache", "block_size", "memory"), covering_cases(), ids=str)
+@pytest.mark.parametrize(("name", "mesh", "chunked", "prefix_cache", "block_size", "memory", "kernels"), covering_cases(), ids=str)
 def test_logits_and_greedy_tokens(
-    ranks: Ranks, name: str, mesh: Mesh, chunked: bool, prefix_cache: bool, block_size: int, memory: str
+    ranks: Ranks, name: str, mesh: Mesh, chunked: bool, prefix_cache: bool, block_size: int, memory: str, kernels: bool
 ) -> None:
     expected = reference(name)
     requests, tokens = work(expected)
@@ -58,6 +58,7 @@ def test_logits_and_greedy_tokens(
         f"engine.block_size={block_size}",
         f"engine.chunked_prefill={chunked}",
         f"engine.prefix_cache={prefix_cache}",
+        f"engine.native_kernels={kernels}",
         f"engine.max_model_len={LONGEST}",
         f"engine.max_batch_tokens={13 if chunked else 48}",
         kv_memory(expected.path, mesh, block_size, blocks),

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_infer.model.attention import AttentionPlan, KVCache, Span, attend_decodes
+from dist_infer.model.attention import attend_decodes
+from dist_infer.model.attention_plan import Decodes, Span
+from dist_infer.model.cache import KVCache
 from dist_infer.model.rotary import rotate
 
 CPU = torch.device("cpu")
@@ -46,20 +48,20 @@ def test_decodes(tables: list[tuple[list[int], int]], window: int | None) -> Non
     cache = filled_cache()
     # Block tables are longer than what is in use.
     spans = [Span(row, 1, context, np.array([*blocks, 0, 0], dtype=np.int32)) for row, (blocks, context) in enumerate(tables)]
-    plan = AttentionPlan.build(spans, BLOCK, CPU)
+    decodes = Decodes(spans, BLOCK, CPU)
     q = torch.randn(len(tables), KV_HEADS, GROUP, HEAD_DIM, generator=torch.Generator().manual_seed(2))
     for layer in range(2):
-        found = attend_decodes(q, cache.keys[layer], cache.values[layer], plan, window, 0.3)
+        found = attend_decodes(q, cache.keys[layer], cache.values[layer], decodes, window, 0.3)
         torch.testing.assert_close(found, one_by_one(q, cache.keys[layer], cache.values[layer], tables, window, 0.3))
 
 
 def test_a_span_does_not_read_its_neighbours() -> None:
     cache = filled_cache()
     tables = [([2, 5, 8], 11), ([3], 3)]
-    plan = AttentionPlan.build([Span(row, 1, context, np.array(blocks)) for row, (blocks, context) in enumerate(tables)], BLOCK, CPU)
+    decodes = Decodes([Span(row, 1, context, np.array(blocks)) for row, (blocks, context) in enumerate(tables)], BLOCK, CPU)
     q = torch.randn(2, KV_HEADS, GROUP, HEAD_DIM, generator=torch.Generator().manual_seed(3))
     cache.keys[0][2], cache.values[0][[4, 6]] = float("nan"), float("nan")  # a block of the first span, and blocks of nobody's
-    found = attend_decodes(q, cache.keys[0], cache.values[0], plan, None, 1.0)
+    found = attend_decodes(q, cache.keys[0], cache.values[0], decodes, None, 1.0)
     assert found[0].isnan().all() and found[1].isfinite().all()
 
 

@@ -1,0 +1,181 @@
+"""Compiled CPU kernels: `native.cpp`, built once for this machine where it has a C++ compiler.
+
+Each replaces a few eager operations of a layer by one pass over memory. They are for plain float32 and
+bfloat16 tensors; modules keep their eager operations beside the call, for all other cases.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = "-O3 -march=native -std=c++17 -fopenmp -fPIC -w"
+NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_ARGUMENTS = {
+    "add_rms_norm": [_POINTER] * 4 + [_INT] * 2 + [_FLOAT],
+    "rotate_and_cache": [_POINTER] * 5 + [_FLOAT] + [_POINTER] * 3 + [_INT] * 6,
+    "paged_attention": [_POINTER] * 8 + [_INT] * 8 + [_FLOAT],
+    "silu_and_multiply": [_POINTER] * 2 + [_INT] * 2,
+}
+
+
+class Kernels:
+    """The kernels of one element type."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(library, f"{name}_{NAMES[dtype]}")
+            function.argtypes, function.restype = arguments, None
+            setattr(self, f"_{name}", function)
+
+    _add_rms_norm: ctypes._NamedFuncPointer
+    _rotate_and_cache: ctypes._NamedFuncPointer
+    _paged_attention: ctypes._NamedFuncPointer
+    _silu_and_multiply: ctypes._NamedFuncPointer
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """Add `delta` to `x` [rows, size] in place, and normalize the sum."""
+        out = torch.empty_like(x)
+        self._add_rms_norm(_at(x), _at(delta), _at(weight), _at(out), x.shape[0], x.shape[1], eps)
+        return out
+
+    def rotate_and_cache(
+        self,
+        qkv: Tensor,
+        heads: int,
+        cos: Tensor,
+        sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+    ) -> None:
+        """Normalize queries and keys where there are weights, rotate them, and write keys and values to the cache.
+
+        Args:
+            qkv: [tokens, heads + 2 * kv_heads, head_dim]; the queries are overwritten.
+            heads: How many of them are queries.
+            cos: [tokens, 1, rotary_dim], as `rotate` wants it; `sin` likewise.
+            q_weight: [head_dim] of the query norm; `k_weight` of the key norm.
+            eps: Epsilon of both norms.
+            slots: [tokens] int64, block * block_size + offset.
+            keys: [blocks, kv_heads, block_size, head_dim], the layer's pool; `values` likewise.
+        """
+        tokens, all_heads, head_dim = qkv.shape
+        pointers = [_at(tensor) for tensor in (qkv, cos, sin, q_weight, k_weight)]
+        pools = [_at(tensor) for tensor in (slots, keys, values)]
+        kv_heads = (all_heads - heads) // 2
+        self._rotate_and_cache(*pointers, eps, *pools, tokens, heads, kv_heads, head_dim, cos.shape[-1], keys.shape[2])
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        out: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rows: Tensor,
+        tables: Tensor,
+        contexts: Tensor,
+        groups: Tensor,
+        window: int | None,
+        scale: float,
+    ) -> None:
+        """Attention of one-token spans.
+
+        Args:
+            q: [tokens, heads, head_dim], contiguous but for the first dim.
+            out: The same shape; its `rows` are written.
+            keys: [blocks, kv_heads, block_size, head_dim], the layer's pool; `values` likewise.
+            rows: [spans] int64, the spans' tokens.
+            tables: [spans, width] int32, their block tables.
+            contexts: [spans] int64, tokens each sees.
+            groups: [kv_heads + 1] int32, first query head on each KV head, and the end.
+            window: The layer's sliding window.
+            scale: Factor on the scores.
+        """
+        _, kv_heads, block_size, head_dim = keys.shape
+        pointers = [_at(tensor) for tensor in (q, out, keys, values, rows, tables, contexts, groups)]
+        sizes = (len(rows), kv_heads, head_dim, q.stride(0), out.stride(0), block_size, tables.shape[1], window or 0)
+        self._paged_attention(*pointers, *sizes, scale)
+
+    def silu_and_multiply(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up, [rows, 2 * size] -> [rows, size]."""
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(rows, size)
+        self._silu_and_multiply(_at(gate_up), _at(out), rows, size)
+        return out
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def kernels(dtype: torch.dtype) -> Kernels | None:
+    """The kernels for tensors of `dtype` in CPU memory, or None where they cannot be had."""
+    if dtype not in NAMES:
+        return None
+    library = _library()
+    return None if library is None else Kernels(library, dtype)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled file; built unless an earlier process did, None without a compiler that can."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        return None
+    try:
+        version = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, check=True).stdout
+        machine = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        # What a program is made of decides its name: a home directory may be shared by unlike machines.
+        features = "".join(line for line in machine.splitlines() if line.startswith(("model", "flags", "Features")))
+        name = hashlib.sha256(b"\0".join((SOURCE.read_bytes(), FLAGS.encode(), version, features.encode()))).hexdigest()[:16]
+        target = _cache() / f"native-{name}.so"
+        if not target.exists():
+            _build(compiler, target)
+        return ctypes.CDLL(str(target))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cache() -> Path:
+    """Where built files are kept."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_infer"
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        if os.access(base, os.W_OK):
+            return base
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="dist_infer-"))
+
+
+def _build(compiler: str, target: Path) -> None:
+    """Compile to `target`; ranks that start at once wait for the first."""
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return
+        with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+            partial, made = Path(directory, "native.o"), Path(directory, "native.so")
+            # Linked without a threading library of its own: the threads are those torch has loaded already.
+            for command in (f"{FLAGS} -c {SOURCE} -o {partial}", f"-shared {partial} -o {made}"):
+                subprocess.run([*shlex.split(compiler), *shlex.split(command)], capture_output=True, check=True)
+            made.rename(target)
