@@ -62,7 +62,7 @@ class KVPlan:
         note = (
             f"KV cache: {_gib((blocks + 1) * block_bytes)} a rank, {blocks:,} blocks of {size} tokens"
             + (f" on each of {fsdp} fsdp ranks" if fsdp > 1 else "")
-            + f"; {tokens:,} tokens in all, {tokens // max_model_len} sequences of {max_model_len:,}"
+            + f"; {tokens:,} tokens in all, {tokens / max_model_len:.1f} times the longest sequence ({max_model_len:,})"
         )
         return cls(blocks + 1, block_bytes, max_model_len, note)
 

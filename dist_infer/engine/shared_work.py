@@ -56,8 +56,10 @@ class SharedWork:
         """The requests of this call that fall to this leader."""
         pieces = int(self.store.get(self._key("pieces")))
         while (number := self.store.add(self._key("next"), 1) - 1) < pieces:
-            for data in json.loads(self.store.get(self._key("piece", number))):
-                yield Request.from_json(data)
+            key = self._key("piece", number)
+            piece = json.loads(self.store.get(key))
+            self.store.delete_key(key)
+            yield from map(Request.from_json, piece)
 
     def deliver(self, results: list[Result]) -> None:
         """Hand finished results to the conductor."""
