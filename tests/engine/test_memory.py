@@ -24,7 +24,7 @@ def make(free: int = GIB, tp: int = 1, fsdp: int = 1, longest: int = 512, dtype:
 def test_blocks_of_a_given_memory() -> None:
     plan = make(kv_cache_gib=100 * BLOCK / GIB)
     assert (plan.block_bytes, plan.blocks, plan.max_model_len) == (BLOCK, 100, 512)
-    assert plan.note == "KV cache: 0.879 MiB a rank, 99 blocks of 16 tokens; 1,584 tokens in all, 3 sequences of 512"
+    assert plan.note == "KV cache: 0.879 MiB a rank, 99 blocks of 16 tokens; 1,584 tokens in all, 3.1 times the longest sequence (512)"
 
 
 def test_a_fraction_of_what_is_free_when_nothing_is_given() -> None:
@@ -53,7 +53,7 @@ def test_the_rank_with_most_kv_heads_decides() -> None:
 def test_sequences_become_shorter_when_nobody_insists() -> None:
     plan = make(free=22 * BLOCK)  # half of it: 11 blocks, one of them nobody's
     assert (plan.blocks, plan.max_model_len) == (11, 160)
-    assert plan.note.endswith("160 tokens in all, 1 sequences of 160")
+    assert plan.note.endswith("160 tokens in all, 1.0 times the longest sequence (160)")
 
 
 @pytest.mark.parametrize(
