@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from dist_infer.checkpoint.dialects import Dialect, Rows
+from dist_infer.checkpoint.dialects import Dialect
 from dist_infer.checkpoint.sources.source import ITEM_SIZES, Chunk, TensorEntry
 from dist_infer.model.config import ModelConfig
-from dist_infer.model.weights import Piece, Weight, fsdp_rows
+from dist_infer.model.stored import Rows, Stored
+from dist_infer.model.weights import Weight, fsdp_rows
 
 
 class Read(NamedTuple):
@@ -24,6 +26,7 @@ class Read(NamedTuple):
         parameter: Name of the parameter they fill.
         destination: Where the first run goes in the rank's part of the parameter.
         step: From one run to the next, there.
+        spread: From one element of a run to the next, there; more than 1 when the matrix is stored transposed.
     """
 
     chunk: Chunk
@@ -35,6 +38,7 @@ class Read(NamedTuple):
     parameter: str
     destination: int
     step: int
+    spread: int = 1
 
     @property
     def elements(self) -> int:
@@ -72,65 +76,83 @@ def plan(
             start, stop = max(first, piece.row), min(last, piece.row + piece.rows)
             if start >= stop:
                 continue
-            mapping = dialect.map(piece.name, config)
-            entry = index[mapping.tensor]
-            shift = piece.box[0][0] - piece.row  # from a row of the buffer to a row of the canonical tensor
-            for rows in mapping.rows(start + shift, stop + shift):
-                reads += _rows_from_chunks(weight, piece, entry, rows, shift + first)
+            stored = dialect.map(piece.name, config)
+            target = _Target(weight.parameter, (*piece.box, (0, 1))[1], piece.box[0][0] - piece.row + first)
+            for rows in stored.rows(start + target.shift - first, stop + target.shift - first):
+                reads += _reads(target, stored, index[stored.tensor], rows)
     return reads
 
 
-class _Inner(NamedTuple):
-    """How the dims after the first lie in a chunk and in a parameter, in elements.
+class _Target(NamedTuple):
+    """Where a piece goes: a matrix whose columns are `columns` of the canonical one.
 
     Attributes:
-        start: Of the wanted elements in a row of the chunk.
-        destination: Of the same in a row of the parameter.
-        length: Elements wanted of a row; they follow one another in both.
-        stored_row: Elements of a row of the chunk.
-        local_row: Elements of a row of the parameter.
+        parameter: The parameter it fills.
+        columns: (start, stop); (0, 1) for a vector.
+        shift: From a row of the rank's part of the parameter to the canonical row it holds.
     """
 
-    start: int
-    destination: int
-    length: int
-    stored_row: int
-    local_row: int
+    parameter: str
+    columns: tuple[int, int]
+    shift: int
+
+    def at(self, row: int, column: int) -> int:
+        """Element of the rank's part for a canonical row and column."""
+        return (row - self.shift) * self.width + column - self.columns[0]
+
+    @property
+    def width(self) -> int:
+        """Elements of a row."""
+        return self.columns[1] - self.columns[0]
 
 
-def _inner(weight: Weight, piece: Piece, chunk: Chunk) -> _Inner | None:
-    """What `chunk` and `piece` share of a row; None when they share nothing."""
-    start, destination, length, stored_row, local_row = 0, 0, 1, 1, 1
-    for (low, high), (wanted, end), size in zip(chunk.box[:0:-1], piece.box[:0:-1], weight.shape[:0:-1], strict=True):
-        count = min(high, end) - max(low, wanted)
-        if count <= 0:
-            return None
-        start += max(wanted - low, 0) * stored_row
-        destination += max(low - wanted, 0) * local_row
-        assert stored_row == local_row == length or count == 1, f"{piece.name}: cut in more than one dim after the first"
-        length *= count
-        stored_row *= high - low
-        local_row *= size
-    return _Inner(start, destination, length, stored_row, local_row)
+def _reads(target: _Target, stored: Stored, entry: TensorEntry, rows: Rows) -> Iterator[Read]:
+    """Reads of `rows` of one canonical tensor."""
+    along = (rows.stored, rows.stored + (rows.length - 1) * rows.step + 1)
+    first = (stored.member, stored.member + 1) if stored.member is not None else target.columns if stored.transposed else along
+    for chunk in entry.touching(*first):
+        box, base = chunk.box, 0
+        if stored.member is not None:
+            (low, high), *box = box
+            if not low <= stored.member < high:
+                continue
+            base = (stored.member - low) * math.prod(stop - start for start, stop in box)
+        (top, bottom), (left, right) = (*box, (0, 1))[:2]
+        read = _read_transposed if stored.transposed else _read
+        found = read(target, rows, (top, bottom), (left, right))
+        if found is not None:
+            start, length, stride, runs, destination, step, spread = found
+            yield Read(chunk, entry.dtype, base + start, length, stride, runs, target.parameter, destination, step, spread)
 
 
-def _rows_from_chunks(weight: Weight, piece: Piece, entry: TensorEntry, rows: Rows, shift: int) -> Iterator[Read]:
-    """Reads of `rows` of one tensor; `shift` leads from a canonical row to one of the rank's part."""
+def _read(
+    target: _Target, rows: Rows, held_rows: tuple[int, int], held_columns: tuple[int, int]
+) -> tuple[int, int, int, int, int, int, int] | None:
+    """What a chunk that holds a box of the stored matrix gives: start, length, stride, runs, destination, step, spread."""
     canonical, stored, step, count = rows
-    columns, inner = None, None
-    for chunk in entry.touching(stored, stored + (count - 1) * step + 1):
-        if chunk.box[1:] != columns:
-            columns, inner = chunk.box[1:], _inner(weight, piece, chunk)
-        top, bottom = chunk.box[0]
-        skip = max(0, -((stored - top) // step))  # rows of the run that lie above the chunk
-        held = min(count, -((stored - bottom) // step)) - skip
-        if inner is None or held <= 0:
-            continue
-        start = inner.start + (stored + skip * step - top) * inner.stored_row
-        destination = inner.destination + (canonical + skip - shift) * inner.local_row
-        row_step = step * inner.stored_row
-        if held == 1 or row_step == inner.local_row == inner.length:
-            length = held * inner.length
-            yield Read(chunk, entry.dtype, start, length, length, 1, weight.parameter, destination, length)
-        else:
-            yield Read(chunk, entry.dtype, start, inner.length, row_step, held, weight.parameter, destination, inner.local_row)
+    (top, bottom), (left, right) = held_rows, held_columns
+    skip = max(0, -((stored - top) // step))  # rows of the run that lie above the chunk
+    held = min(count, -((stored - bottom) // step)) - skip
+    low, high = max(left, target.columns[0]), min(right, target.columns[1])
+    if held <= 0 or low >= high:
+        return None
+    width, length = right - left, high - low
+    start, destination = (stored + skip * step - top) * width + low - left, target.at(canonical + skip, low)
+    if held == 1 or step * width == target.width == length:
+        return start, held * length, held * length, 1, destination, held * length, 1
+    return start, length, step * width, held, destination, target.width, 1
+
+
+def _read_transposed(
+    target: _Target, rows: Rows, held_rows: tuple[int, int], held_columns: tuple[int, int]
+) -> tuple[int, int, int, int, int, int, int] | None:
+    """The same of a matrix that is stored transposed: canonical rows are its columns."""
+    canonical, stored, step, count = rows
+    assert step == 1, "rotary pairs side by side in a transposed matrix"
+    (top, bottom), (left, right) = held_rows, held_columns
+    low, high = max(left, stored), min(right, stored + count)
+    first, last = max(top, target.columns[0]), min(bottom, target.columns[1])
+    if low >= high or first >= last:
+        return None
+    width, destination = right - left, target.at(canonical + low - stored, first)
+    return (first - top) * width + low - left, high - low, width, last - first, destination, 1, target.width

@@ -116,7 +116,7 @@ def _split(read: Read) -> Iterator[Read]:
     elif read.length > room:
         for run in range(read.runs):
             for at in range(0, read.length, room):
-                start, destination = read.start + run * read.stride + at, read.destination + run * read.step + at
+                start, destination = read.start + run * read.stride + at, read.destination + run * read.step + at * read.spread
                 length = min(room, read.length - at)
                 yield read._replace(start=start, destination=destination, length=length, stride=length, step=length, runs=1)
     else:
@@ -206,13 +206,19 @@ class _Job:
     def _runs(self, read: Read) -> torch.Tensor:
         """The [runs, length] elements that `read` fills."""
         flat = self.flat[read.parameter]
-        return flat.as_strided((read.runs, read.length), (read.step, 1), flat.storage_offset() + read.destination)
+        return flat.as_strided((read.runs, read.length), (read.step, read.spread), flat.storage_offset() + read.destination)
 
     def _direct(self, batch: Batch) -> torch.Tensor | None:
         """The elements the batch fills, when bytes can go there as they are read."""
         read = batch.reads[0]
         flat = self.flat[read.parameter]
-        if len(batch.reads) > 1 or read.runs > 1 or flat.device.type != "cpu" or flat.dtype != getattr(torch, read.dtype):
+        if (
+            len(batch.reads) > 1
+            or read.runs > 1
+            or read.spread > 1
+            or flat.device.type != "cpu"
+            or flat.dtype != getattr(torch, read.dtype)
+        ):
             return None
         return flat[read.destination : read.destination + read.length]
 

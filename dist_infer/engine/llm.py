@@ -20,6 +20,7 @@ from dist_infer.engine.request import Request, Result
 from dist_infer.engine.session import Session
 from dist_infer.model.config import ModelConfig
 from dist_infer.model.families import from_hf
+from dist_infer.model.stored import Stored
 from dist_infer.model.weights import describe
 
 # What wrappers put into parameter names: torch.compile, activation checkpointing, DataParallel.
@@ -102,14 +103,9 @@ class LLM:
         canonical: dict[str, Callable[[], Tensor]] = {}
         for weight in describe(config):
             for piece in weight.pieces:
-                mapping = dialect.map(piece.name, config)
-                if mapping.tensor in tensors:
-                    rows = [
-                        row
-                        for part in mapping.rows(0, piece.shape[0])
-                        for row in range(part.stored, part.stored + part.step * part.length, part.step)
-                    ]
-                    canonical[piece.name] = _whole(tensors[mapping.tensor], rows if mapping.pairs else None)
+                stored = dialect.map(piece.name, config)
+                if stored.tensor in tensors:
+                    canonical[piece.name] = _canonical(tensors[stored.tensor], stored, piece.shape[0])
         if options.model.dtype == "auto":
             options.model.dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         llm = cls.__new__(cls)
@@ -180,12 +176,17 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _whole(parameter: Tensor, rows: list[int] | None) -> Callable[[], Tensor]:
-    """Makes the whole tensor, its rows in canonical order; collective when it is sharded."""
+def _canonical(parameter: Tensor, stored: Stored, rows: int) -> Callable[[], Tensor]:
+    """Makes the whole canonical tensor of `rows` rows; collective when the parameter is sharded."""
+    order = [row for part in stored.rows(0, rows) for row in range(part.stored, part.stored + part.step * part.length, part.step)]
 
     def make() -> Tensor:
         with torch.no_grad():
             tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-            return tensor if rows is None else tensor[rows]
+            if stored.member is not None:
+                tensor = tensor[stored.member]
+            if stored.transposed:
+                tensor = tensor.T
+            return tensor if order == list(range(len(tensor))) else tensor[order]
 
     return make

@@ -9,10 +9,11 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from dist_infer.checkpoint.dialects import Mapping, find_dialect
+from dist_infer.checkpoint.dialects import find_dialect
 from dist_infer.checkpoint.plan import Read, plan
 from dist_infer.checkpoint.sources.source import Chunk, TensorEntry, tensor_entry
 from dist_infer.model.config import ModelConfig
+from dist_infer.model.stored import Stored
 from dist_infer.model.weights import Weight, cut, describe, fsdp_rows
 
 
@@ -54,7 +55,7 @@ def execute(reads: list[Read], stored: dict[str, np.ndarray], index: dict[str, T
         target = local[read.parameter].reshape(-1)
         for run in range(read.runs):
             for at in range(read.length):
-                where = read.destination + run * read.step + at
+                where = read.destination + run * read.step + at * read.spread
                 assert np.isnan(target[where]), "an element is read twice"
                 target[where] = flat[read.start + run * read.stride + at]
     return local
@@ -85,12 +86,75 @@ def test_every_element_lands_where_it_belongs(tp: int, fsdp: int, writers: tuple
             np.testing.assert_array_equal(local[weight.parameter], whole[slice(*held[weight.parameter])])
 
 
-def canonical(stored: dict[str, np.ndarray], mapping: Mapping) -> np.ndarray:
+def canonical(stored: dict[str, np.ndarray], mapping: Stored) -> np.ndarray:
     """The stored tensor with its rows in canonical order, by views instead of arithmetic."""
     tensor = stored[mapping.tensor]
     if not mapping.pairs:
         return tensor
     return tensor.reshape(-1, mapping.pairs // 2, 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+
+
+class Fused:
+    """A made-up trainer: QKV fused by KV group with rotary pairs side by side, gate and up packed as experts, down transposed."""
+
+    def map(self, name: str, config: ModelConfig) -> Stored:
+        layer, _, rest = name.partition(".self_attn.")
+        dim, group = config.head_dim, config.heads // config.kv_heads
+        fused = {
+            "q_proj.weight": {"offset": 0, "group": group * dim, "pairs": dim},
+            "k_proj.weight": {"offset": group * dim, "group": dim, "pairs": dim},
+            "v_proj.weight": {"offset": (group + 1) * dim, "group": dim},
+        }
+        if rest in fused:
+            shape = (config.kv_heads * (group + 2) * dim, config.hidden_size)
+            return Stored(f"{layer}.wqkv", shape, stride=(group + 2) * dim, **fused[rest])
+        if "gate_proj" in name or "up_proj" in name:
+            return Stored(
+                name.split(".mlp.")[0] + ".pack", (2, config.hidden_size, config.ffn_size), member=int("up" in name), transposed=True
+            )
+        if "down_proj" in name:
+            return Stored(name, (config.ffn_size, config.hidden_size), transposed=True)
+        return Stored(name)
+
+
+def in_canonical_order(stored: np.ndarray, place: Stored, config: ModelConfig, name: str) -> np.ndarray:
+    """What `Fused` means, by views."""
+    if place.member is not None:
+        return stored[place.member].T
+    if place.transposed:
+        return stored.T
+    if not place.group:
+        return stored
+    group, dim = config.heads // config.kv_heads, config.head_dim
+    heads = stored.reshape(config.kv_heads, group + 2, dim, -1)
+    part = {"q": heads[:, :group], "k": heads[:, group : group + 1], "v": heads[:, group + 1 :]}[name.split("self_attn.")[1][0]]
+    part = part.reshape(-1, dim, config.hidden_size)
+    if place.pairs:
+        part = part.reshape(-1, dim // 2, 2, config.hidden_size).swapaxes(1, 2)
+    return part.reshape(-1, config.hidden_size)
+
+
+@pytest.mark.parametrize(("tp", "fsdp"), [(1, 1), (2, 1), (4, 1), (2, 3), (3, 40)])
+@pytest.mark.parametrize("writers", [(1, 1), (3, 2), (7, 5)])
+def test_fused_packed_and_transposed(tp: int, fsdp: int, writers: tuple[int, int]) -> None:
+    config, dialect = tiny(), Fused()
+    places = {name: dialect.map(name, config) for name in stored_shapes(config)}
+    shapes = {place.tensor: place.shape or stored_shapes(config)[name] for name, place in places.items()}
+    index = written(shapes, *writers)
+    ends = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
+    stored = {
+        name: np.arange(end - math.prod(shape), end, dtype=float).reshape(shape)
+        for (name, shape), end in zip(shapes.items(), ends, strict=True)
+    }
+    whole = {name: in_canonical_order(stored[place.tensor], place, config, name) for name, place in places.items()}
+    for rank, coordinate in itertools.product(range(tp), range(fsdp)):
+        weights = list(describe(config, tp, rank))
+        held = {weight.parameter: fsdp_rows(weight.shape[0], fsdp, coordinate) for weight in weights}
+        reads = plan(weights, fsdp, coordinate, index, dialect, config)  # type: ignore[arg-type]
+        local = execute(reads, stored, index, {name: b - a for name, (a, b) in held.items()}, weights)
+        for weight in weights:
+            expected = np.concatenate([whole[piece.name][tuple(slice(*edges) for edges in piece.box)] for piece in weight.pieces])
+            np.testing.assert_array_equal(local[weight.parameter], expected[slice(*held[weight.parameter])])
 
 
 def test_whole_rows_are_one_run_and_columns_are_strided_runs() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from dist_infer.checkpoint.dialects.dialect import Dialect, Mapping, Rows
+from dist_infer.checkpoint.dialects.dialect import Dialect
 from dist_infer.checkpoint.dialects.huggingface import HuggingFace
 from dist_infer.checkpoint.dialects.kempnerforge import KempnerForge
 from dist_infer.checkpoint.dialects.torchtitan import Torchtitan
 
-__all__ = ["DIALECTS", "Dialect", "Mapping", "Rows", "find_dialect"]
+__all__ = ["DIALECTS", "Dialect", "find_dialect"]
 
 DIALECTS: tuple[type[Dialect], ...] = (HuggingFace, KempnerForge, Torchtitan)
 

@@ -3,46 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from collections.abc import Collection
+from typing import ClassVar
 
 from dist_infer.model.config import ModelConfig
-
-
-class Rows(NamedTuple):
-    """`length` canonical rows from `canonical` on, which are the stored rows `stored`, `stored + step`, ..."""
-
-    canonical: int
-    stored: int
-    step: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Mapping:
-    """Where a canonical tensor is stored.
-
-    Attributes:
-        tensor: Name of the stored tensor.
-        pairs: Elements of a head whose rotary pairs are stored side by side (rows 2i and 2i + 1 of the head
-            are canonical rows i and i + pairs / 2); 0 when rows are stored as they are canonically.
-    """
-
-    tensor: str
-    pairs: int = 0
-
-    def rows(self, start: int, stop: int) -> Iterator[Rows]:
-        """Where canonical rows `start` to `stop` are stored, in canonical order."""
-        if not self.pairs:
-            yield Rows(start, start, 1, stop - start)
-            return
-        half_size = self.pairs // 2
-        while start < stop:
-            half, first = divmod(start, half_size)
-            length = min(half_size - first, stop - start)
-            yield Rows(start, half // 2 * self.pairs + 2 * first + half % 2, 2, length)
-            start += length
+from dist_infer.model.stored import Stored
 
 
 class Dialect:
@@ -66,7 +31,7 @@ class Dialect:
         found = [name.removesuffix(cls.embedding) for name in names if name.endswith(cls.embedding)]
         return sorted(prefix for prefix in found if prefix[-1:] in ("", ".") and prefix + cls.witness in names)
 
-    def map(self, name: str, config: ModelConfig) -> Mapping:
+    def map(self, name: str, config: ModelConfig) -> Stored:
         """Where the canonical tensor `name` is stored; the tensor need not be there."""
         raise NotImplementedError
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dist_infer.checkpoint.dialects.dialect import Dialect, Mapping
+from dist_infer.checkpoint.dialects.dialect import Dialect
 from dist_infer.model.config import ModelConfig
+from dist_infer.model.stored import Stored
 
 
 class HuggingFace(Dialect):
@@ -13,6 +14,6 @@ class HuggingFace(Dialect):
     embedding = "model.embed_tokens.weight"
     witness = "model.layers.0.self_attn.o_proj.weight"
 
-    def map(self, name: str, config: ModelConfig) -> Mapping:
+    def map(self, name: str, config: ModelConfig) -> Stored:
         """The name below the prefix."""
-        return Mapping(self.prefix + name)
+        return Stored(self.prefix + name)

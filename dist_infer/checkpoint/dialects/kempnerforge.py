@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dist_infer.checkpoint.dialects.dialect import Dialect, Mapping, translate
+from dist_infer.checkpoint.dialects.dialect import Dialect, translate
 from dist_infer.model.config import ModelConfig
+from dist_infer.model.stored import Stored
 
 _TABLE = {
     "model.embed_tokens": "token_embedding.embedding",
@@ -27,6 +28,6 @@ class KempnerForge(Dialect):
     embedding = "token_embedding.embedding.weight"
     witness = "layers.0.attention.q_proj.weight"
 
-    def map(self, name: str, config: ModelConfig) -> Mapping:
+    def map(self, name: str, config: ModelConfig) -> Stored:
         """The translated name; rows lie as ours."""
-        return Mapping(self.prefix + translate(name, _TABLE))
+        return Stored(self.prefix + translate(name, _TABLE))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dist_infer.checkpoint.dialects.dialect import Dialect, Mapping, translate
+from dist_infer.checkpoint.dialects.dialect import Dialect, translate
 from dist_infer.model.config import ModelConfig
+from dist_infer.model.stored import Stored
 
 _TABLE = {
     "model.embed_tokens": "tok_embeddings",
@@ -31,11 +32,11 @@ class Torchtitan(Dialect):
     embedding = "tok_embeddings.weight"
     witness = "layers.0.attention.wo.weight"
 
-    def map(self, name: str, config: ModelConfig) -> Mapping:
+    def map(self, name: str, config: ModelConfig) -> Stored:
         """The translated name, or the older one where the checkpoint has that."""
         stored = self.prefix + translate(name, _TABLE)
         if stored not in self.names:
             older = stored.replace("attention.qkv_linear.", "attention.") if "qkv_linear" in stored else stored.replace("lm_head", "output")
             stored = older if older in self.names else stored
         interleaved = config.family != "qwen3" and name.rpartition(".")[0].endswith(_INTERLEAVED)
-        return Mapping(stored, config.head_dim if interleaved else 0)
+        return Stored(stored, pairs=config.head_dim if interleaved else 0)
