@@ -131,7 +131,7 @@ def _kempnerforge(data: dict[str, Any]) -> ModelConfig:
         max_position=model.get("max_seq_len", 2048),
         rope={"rope_type": "default", "rope_theta": float(model.get("rope_theta", 10000.0))},
         tied_head=model.get("tie_embeddings", False),
-        qk_norm=model.get("qk_norm", False),
+        qk_norm="head" if model.get("qk_norm", False) else None,
         qk_norm_eps=1e-5,  # whatever norm_eps says
     )
 
@@ -179,7 +179,7 @@ def _torchtitan_layer(layer: dict[str, Any], hidden: int) -> dict[str, Any]:
         "qkv_bias": (qkv.get("wqkv") or qkv["wq"])["bias"],
         "output_bias": attention["wo"]["bias"],
         "mlp_bias": ffn["w1"]["bias"],
-        "qk_norm": attention["qk_norm"] is not None,
+        "qk_norm": None if attention["qk_norm"] is None else "head",
     }
 
 

@@ -7,12 +7,45 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """The mixture of experts of a model, the same in every layer that has one.
+
+    Attributes:
+        count: Experts of a layer.
+        chosen: Experts a token goes to.
+        ffn_size: Of one expert.
+        layers: Indices of the layers that have experts; the others have the dense mlp.
+        shared_ffn_size: Of the expert that every token goes to; 0 for none.
+        shared_gate: Whether the shared expert's output is scaled by a sigmoid gate of its own.
+        scoring: How router logits become scores: "softmax" or "sigmoid".
+        normalized: Whether the scores of the chosen experts are made to sum to 1.
+        score_bias: Whether a stored bias is added to the router's scores; it counts for the choice only,
+            unless `bias_in_score` says that it is part of the logits.
+        bias_in_score: See `score_bias`.
+        scale: Factor on the mixture.
+    """
+
+    count: int
+    chosen: int
+    ffn_size: int
+    layers: tuple[int, ...]
+    shared_ffn_size: int = 0
+    shared_gate: bool = False
+    scoring: str = "softmax"
+    normalized: bool = True
+    score_bias: bool = False
+    bias_in_score: bool = False
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The architecture of one decoder-only language model. Sizes are global, before any cut.
 
-    `rope` holds Hugging Face's `rope_parameters` (rope_type, rope_theta, factor, ...), in whose
-    terms every trainer's rotary settings can be said. The rotary convention is always Hugging
-    Face's (two halves): a dialect that stores interleaved pairs permutes the rows while reading.
+    Layers are alike but for what `sliding_windows`, `unrotated_layers` and `experts` say. `rope` holds
+    Hugging Face's `rope_parameters` (rope_type, rope_theta, factor, ...), in whose terms every
+    trainer's rotary settings can be said. The rotary convention is always Hugging Face's (two
+    halves): a dialect that stores interleaved pairs permutes the rows while reading.
     """
 
     family: str
@@ -30,8 +63,23 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: str | None = None  # "head": over each head; "full": over all heads of the layer together
     qk_norm_eps: float | None = None
+    norm: str = "rms"  # "rms"; "rms_unit": the weight is stored less 1; "layer": mean and bias too
+    norm_placement: str = "pre"  # of a layer's norms: "pre", "post" (of the branch's output), "both"
+    parallel_residual: bool = False  # attention and mlp read the same stream
+    activation: str = "silu"  # as transformers names it
+    gated_mlp: bool = True
+    learned_positions: bool = False  # a table of position embeddings instead of rotation
+    local_rope: dict[str, Any] | None = None  # of the layers with a sliding window; None: `rope`
+    unrotated_layers: tuple[int, ...] = ()
+    attention_scale: float | None = None  # None: head_dim ** -0.5
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what a layer's branches add
+    logit_scale: float = 1.0
+    experts: ExpertsConfig | None = None
     sliding_windows: tuple[int | None, ...] = ()
     dtype: str | None = None
     bos_token_id: int | None = None

@@ -146,7 +146,7 @@ def test_trainers_configurations() -> None:
     titan = open_checkpoint(str(FIXTURES / "torchtitan_llama3_full/outputs")).config()
     assert titan.family == "llama" and titan.rope["rope_type"] == "llama3" and titan.rope["original_max_position_embeddings"] == 64
     qwen = open_checkpoint(str(FIXTURES / "torchtitan_qwen3/outputs")).config()
-    assert qwen.family == "qwen3" and qwen.qk_norm and qwen.head_dim == 16 and qwen.norm_eps == 1e-6
+    assert qwen.family == "qwen3" and qwen.qk_norm == "head" and qwen.head_dim == 16 and qwen.norm_eps == 1e-6
 
 
 def write(tmp_path: Path, name: str, text: str) -> Path:

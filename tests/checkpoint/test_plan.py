@@ -65,7 +65,7 @@ def execute(reads: list[Read], stored: dict[str, np.ndarray], index: dict[str, T
 @pytest.mark.parametrize("writers", [(1, 1), (4, 1), (3, 2), (7, 5)])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_every_element_lands_where_it_belongs(tp: int, fsdp: int, writers: tuple[int, int], interleaved: bool) -> None:
-    config = tiny(qk_norm=True) if not interleaved else tiny()
+    config = tiny(qk_norm="head") if not interleaved else tiny()
     shapes = torchtitan_names(config) if interleaved else stored_shapes(config)
     index = written(shapes, *writers)
     dialect = find_dialect(index.keys())

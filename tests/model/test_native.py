@@ -67,9 +67,9 @@ SHAPES = [(8, 2, 1, 64, 64), (6, 6, 1, 128, 128), (9, 3, 2, 20, 20), (4, 1, 1, 8
 
 def attention(heads: int, kv_heads: int, tp: int, head_dim: int, window: int | None, norms: bool, dtype: torch.dtype) -> Attention:
     """The attention of rank 0 of `tp`, with random weights."""
-    config = ModelConfig(
-        "llama", 10, 32, 10, 1, heads, kv_heads, head_dim, 1e-5, 4096, qk_norm=norms, sliding_windows=(window,) if window else ()
-    )
+    sizes = {"hidden_size": 32, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    traits = {"qk_norm": "head" if norms else None, "sliding_windows": (window,) if window else ()}
+    config = ModelConfig("llama", vocab_size=10, ffn_size=10, layers=1, norm_eps=1e-5, max_position=4096, **sizes, **traits)  # type: ignore[arg-type]
     group = type("Ranks", (), {"size": tp, "rank": 0, "all_reduce": lambda self, tensor: tensor})()
     module = Attention(config, 0, group, CPU).to(dtype)
     for seed, parameter in enumerate(module.parameters()):

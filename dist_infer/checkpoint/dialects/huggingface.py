@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dist_infer.checkpoint.dialects.dialect import Dialect
 from dist_infer.model.config import ModelConfig
+from dist_infer.model.families import stored
 from dist_infer.model.stored import Stored
 
 
@@ -16,4 +19,5 @@ class HuggingFace(Dialect):
 
     def map(self, name: str, config: ModelConfig) -> Stored:
         """The name below the prefix."""
-        return Stored(self.prefix + name)
+        place = stored(name, config)
+        return replace(place, tensor=self.prefix + place.tensor)

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from dist_infer.model.config import ModelConfig
+from dist_infer.model.stored import Stored
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -43,6 +44,19 @@ def from_hf(config: Any) -> ModelConfig:
         eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,),
         **traits,
     )
+
+
+def stored(name: str, config: ModelConfig) -> Stored:
+    """Where transformers keeps the canonical tensor `name` on disk: under that name, unless the family says otherwise."""
+    family = importlib.import_module(f"{__name__}.{config.family}")
+    return family.stored(name, config) if hasattr(family, "stored") else Stored(name)
+
+
+def landmarks() -> list[tuple[str, str]]:
+    """On-disk names of the token embedding and of one more weight that every model has, for each way families are named."""
+    modules = [importlib.import_module(f"{__name__}.{family}") for family in FAMILIES]
+    plain = ("model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight")
+    return list(dict.fromkeys(getattr(module, "LANDMARKS", plain) for module in modules))
 
 
 def sliding_windows(config: Any) -> tuple[int | None, ...]:

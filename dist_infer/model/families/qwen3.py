@@ -12,6 +12,6 @@ def traits(config: Any) -> dict[str, Any]:
     return {
         "qkv_bias": config.attention_bias,
         "output_bias": config.attention_bias,
-        "qk_norm": True,
+        "qk_norm": "head",
         "sliding_windows": sliding_windows(config),
     }
