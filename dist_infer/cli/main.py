@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(describe_options(command, COMMANDS.get(command, "")))
         return 0
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a prompt or an id may hold half a character
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for training scripts
     try:
         return importlib.import_module(f"dist_infer.cli.{command}").run(rest)
