@@ -6,19 +6,26 @@ import re
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from dist_infer.checkpoint.sources import is_checkpoint
+from dist_infer.checkpoint.sources.dcp import interrupted
 from dist_infer.checkpoint.sources.safetensors import INDEX
 from dist_infer.checkpoint.sources.source import check_name
+from dist_infer.checkpoint.sources.torch_save import BIN_INDEX
 
-_STEP = re.compile(r"(?:step|checkpoint|global_step|epoch|iter)[-_]?(\d+)")
-_INNER = ("pytorch_model_fsdp_0", "checkpoints", "checkpoint")
-_VALID = "a DCP directory (.metadata and *.distcp), safetensors, or a directory of step_N / step-N / checkpoint-N ones"
+_STEP = re.compile(r"(?:step|checkpoint|global_step|epoch|iter)[-_]?(\d{1,18})")
+_INNER = ("pytorch_model_fsdp_0", "model_and_optim", "checkpoints", "checkpoint", "outputs")
+_LAST = "final"  # litgpt's name for what training ended with
+_VALID = (
+    "a DCP directory (.metadata and *.distcp), safetensors, pytorch_model.bin, lit_model.pth, "
+    "or a directory of step_N / step-N / checkpoint-N ones"
+)
 
 
 class Location(NamedTuple):
     """Where a checkpoint is.
 
     Attributes:
-        path: Its directory, or the one safetensors file.
+        path: Its directory, or its one file.
         note: What was decided on the way there, for the user; may be empty.
     """
 
@@ -26,76 +33,101 @@ class Location(NamedTuple):
     note: str
 
 
-def locate(path: str) -> Location:
+def locate(path: str, step: int | None = None) -> Location:
     """The checkpoint that `path` means: itself, the newest complete one below it, or a Hugging Face id in the local cache.
 
+    Args:
+        path: A directory, a file, or an id.
+        step: Which step of the run in `path` is meant, instead of the newest.
+
     Raises:
-        FileNotFoundError: There is no such path, or only an incomplete checkpoint.
-        ValueError: What is there is no checkpoint.
+        FileNotFoundError: There is no such path or step, or only an incomplete checkpoint.
+        ValueError: What is there is no checkpoint, or not one of several steps.
     """
     place = Path(path).expanduser()
     if place.is_dir():
-        return _below(place) or _refuse(place)
+        return _below(place, step) or _refuse(place, step)
     if place.is_file():
-        if place.suffix == ".safetensors":
-            return Location(place, "")
-        if place.name == INDEX:
-            return Location(place.parent, "")
-        raise ValueError(f"{place}: a file that is no checkpoint; give a .safetensors file, {_VALID}")
+        if place.name in (INDEX, BIN_INDEX):
+            return _is(place.parent, step)
+        if is_checkpoint(place):
+            return _is(place, step)
+        raise ValueError(f"{place}: a file that is no checkpoint; give a .safetensors, .bin or .pth file, {_VALID}")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         raise FileNotFoundError(f"{path}: no such path; give {_VALID}")
     cached = _cached(path)
     if cached is None:
         raise FileNotFoundError(f"{path}: no such path, and no such Hugging Face model in the local cache")
-    found = _below(cached) or _refuse(cached)
+    found = _below(cached, step) or _refuse(cached, step)
     return Location(found.path, f"took {path} from the local Hugging Face cache")
 
 
-def _below(place: Path, depth: int = 3) -> Location | None:
+def _is(place: Path, step: int | None) -> Location:
+    """The checkpoint that `place` itself is, which must be of `step` if that is given."""
+    numbers = [int(found[1]) for name in (place.name, place.parent.name) if (found := _STEP.fullmatch(name))]
+    if step is not None and step not in numbers:
+        of = f"of step {numbers[0]}" if numbers else "and not a directory of steps"
+        raise ValueError(f"{place}: is a checkpoint itself, {of}; model.step={step} is looked up in a run's directory")
+    return Location(place, "")
+
+
+def _below(place: Path, step: int | None, depth: int = 3) -> Location | None:
     """The checkpoint that directory `place` is or holds up to `depth` levels down; None when there is no complete one."""
-    if any((place / name).is_file() for name in (".metadata", INDEX, "model.safetensors")):
-        return Location(place, "")
+    if is_checkpoint(place):
+        return _is(place, step)
     if depth:
-        steps = _candidates(place)
-        for step in steps:
-            found = _below(step, depth - 1)
+        steps = _candidates(place) if step is None else [child for number, child in _steps(place) if number == step]
+        for candidate in steps:
+            found = _below(candidate, None, depth - 1)
             if found is not None:
-                skipped = f"; {steps[0].name} is not complete" if step != steps[0] else ""
-                return Location(found.path, f"took {step.name} of {place}{skipped}")
+                skipped = f"; {steps[0].name} is not complete" if candidate != steps[0] else ""
+                return Location(found.path, f"took {candidate.name} of {place}{skipped}")
         for inner in (place / name for name in _INNER):
-            found = _below(inner, depth - 1) if inner.is_dir() else None
+            found = _below(inner, step, depth - 1) if inner.is_dir() else None
             if found is not None:
                 return found
-    return Location(place, "") if any(place.glob("*.safetensors")) else None
+    return _is(place, step) if any(place.glob("*.safetensors")) else None
 
 
 def _candidates(place: Path) -> list[Path]:
-    """The steps of a run's directory: the one `latest` names, then the newest ones."""
-    steps = _steps(place)
+    """The steps of a run's directory: the one `latest` names, then what training ended with, then the newest ones."""
+    steps = [child for child in (place / _LAST,) if child.is_dir()] + [child for _, child in _steps(place)]
     latest = place / "latest"
-    if latest.is_file() and latest.stat().st_size < 4096:
-        target = place / check_name(latest.read_text().strip(), str(latest))
+    if latest.is_symlink():
+        target = latest.resolve()
+        if target.parent != place.resolve():
+            raise ValueError(f"{latest}: leads to {target}, which is outside the run's directory; name the step that is meant")
+        target = place / target.name
+    elif latest.is_file() and 0 < latest.stat().st_size < 4096:
+        target = place / check_name(latest.read_text(errors="replace").strip(), str(latest))
     elif latest.is_dir():
-        target = place / latest.resolve().name
+        target = latest
     else:
         return steps
     return [target, *(step for step in steps if step != target)] if target.is_dir() else steps
 
 
-def _steps(place: Path) -> list[Path]:
-    """Subdirectories that are named as steps, the newest first."""
+def _steps(place: Path) -> list[tuple[int, Path]]:
+    """Subdirectories that are named as steps, with their numbers, the newest first."""
     numbered = [(int(found[1]), child) for child in place.iterdir() if (found := _STEP.fullmatch(child.name)) and child.is_dir()]
-    return [child for _, child in sorted(numbered, reverse=True)]
+    return sorted(numbered, reverse=True)
 
 
-def _refuse(place: Path) -> NoReturn:
+def _refuse(place: Path, step: int | None) -> NoReturn:
     """Say why the directory `place` cannot be taken."""
     for holder in (place, *(place / name for name in _INNER)):
-        if any(holder.glob("*.distcp")):
-            raise FileNotFoundError(f"{holder}: incomplete checkpoint: it has .distcp files but no .metadata, which is written last")
         steps = _steps(holder) if holder.is_dir() else []
+        if step is not None and steps:
+            numbers = [number for number, _ in steps]
+            if step in numbers:
+                raise FileNotFoundError(f"{holder}: its step {step} is not a complete checkpoint")
+            known = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+            raise FileNotFoundError(f"{holder}: has no step {step}; it has {known}")
+        reason = interrupted(holder)
+        if reason is not None:
+            raise FileNotFoundError(reason)
         if steps:
-            raise FileNotFoundError(f"{holder}: none of its {len(steps)} steps is a complete checkpoint; the newest is {steps[0].name}")
+            raise FileNotFoundError(f"{holder}: none of its {len(steps)} steps is a complete checkpoint; the newest is {steps[0][1].name}")
     raise ValueError(f"{place}: a directory that is no checkpoint; give {_VALID}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -11,16 +12,18 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 
 from dist_infer.checkpoint.plan import Read
 from dist_infer.checkpoint.sources.archive import find_elements
+from dist_infer.checkpoint.sources.codec import Decoded, is_whole
 from dist_infer.checkpoint.sources.source import ITEM_SIZES, Chunk
 
 STAGING = 8 << 20  # bytes a thread reads at once, and all it holds besides the weights themselves
 _DENSE = 0.98  # the least part of a span that must be wanted for the span to be read in one go
+_HOT = 1 << 20  # bytes looked at together while the processor's cache still holds them
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class LoadReport:
         bytes_requested: Bytes asked of the files, headers included.
         bytes_held: Bytes the rank's weights take as they are stored.
         seconds: How long it took.
+        doubtful: Whether something read may hold NaN or Inf; False is certain.
     """
 
     bytes_requested: int
     bytes_held: int
     seconds: float
+    doubtful: bool
 
 
 class Batch(NamedTuple):
@@ -48,6 +53,12 @@ class Batch(NamedTuple):
 
     reads: tuple[Read, ...]
     span: tuple[int, int] | None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes it brings, those between its reads included."""
+        read = self.reads[0]
+        return read.bytes if self.span is None else (self.span[1] - self.span[0]) * ITEM_SIZES[read.dtype]
 
 
 def read_all(
@@ -71,12 +82,13 @@ def read_all(
         OSError: A file cannot be read.
     """
     reads = list(reads)
-    job = _Job(root, deque(batches(reads)), destinations, progress)
+    job = Job(root, destinations, progress)
     start = time.perf_counter()
+    todo = deque(batches(reads))
     with ThreadPoolExecutor(threads, "reader") as pool:
-        for done in [pool.submit(job.work) for _ in range(threads)]:
+        for done in [pool.submit(job.work, todo) for _ in range(threads)]:
             done.result()
-    return LoadReport(job.bytes_requested, sum(read.bytes for read in reads), time.perf_counter() - start)
+    return job.report(reads, start)
 
 
 def batches(reads: Iterable[Read]) -> Iterator[Batch]:
@@ -126,26 +138,30 @@ def _split(read: Read) -> Iterator[Read]:
             yield read._replace(start=start, destination=destination, runs=min(runs, read.runs - run))
 
 
-class _Job:
-    """One load, worked on by several threads."""
+class Job:
+    """One load: brings the bytes of batches and puts them into their places, for any number of threads."""
 
-    def __init__(
-        self, root: Path, todo: deque[Batch], destinations: Mapping[str, torch.Tensor], progress: Callable[[int], object] | None
-    ) -> None:
-        self.root, self.todo, self.progress = root, todo, progress
+    def __init__(self, root: Path, destinations: Mapping[str, torch.Tensor], progress: Callable[[int], object] | None) -> None:
+        self.root, self.progress = root, progress
         self.flat = {name: tensor.detach().view(-1) for name, tensor in destinations.items()}
         self.bytes_requested = 0
+        self.doubtful = False
         self.lock = Lock()
         self.found: dict[tuple[str, int], int] = {}  # (file, offset) of an archive to its first element
+        self.decoded = Decoded()
 
-    def work(self) -> None:
+    def report(self, reads: Iterable[Read], start: float) -> LoadReport:
+        """What it cost to make `reads` since `start`."""
+        return LoadReport(self.bytes_requested, sum(read.bytes for read in reads), time.perf_counter() - start, self.doubtful)
+
+    def work(self, todo: deque[Batch]) -> None:
         """Do batches until none is left; a failure ends all threads."""
         staging = torch.empty(STAGING, dtype=torch.uint8)
         file, fd = "", -1
         try:
-            while self.todo:
+            while todo:
                 try:
-                    batch = self.todo.popleft()
+                    batch = todo.popleft()
                 except IndexError:  # another thread took the last one
                     return
                 if batch.reads[0].chunk.file != file:
@@ -153,41 +169,70 @@ class _Job:
                         os.close(fd)
                     file = batch.reads[0].chunk.file
                     fd = os.open(self.root / file, os.O_RDONLY)
-                self._do(fd, batch, staging)
+                direct = self._direct(batch)
+                buffer = staging[: batch.bytes] if direct is None else direct.view(torch.uint8)
+                self.fetch(fd, batch, buffer)
+                if direct is None:
+                    self.place(batch, buffer)
+                else:
+                    self._look(direct)
         except BaseException:
-            self.todo.clear()
+            todo.clear()
             raise
         finally:
             if fd >= 0:
                 os.close(fd)
 
-    def _do(self, fd: int, batch: Batch, staging: torch.Tensor) -> None:
+    def fetch(self, fd: int, batch: Batch, buffer: torch.Tensor) -> None:
+        """Bring the bytes of `batch`, from its file open at `fd`, into all of `buffer`."""
         chunk, dtype = batch.reads[0].chunk, batch.reads[0].dtype
         size = ITEM_SIZES[dtype]
-        base, requested = self._first_element(fd, chunk, dtype)
-        if batch.span is None:
-            (read,) = batch.reads
-            buffer = staging.numpy().data
-            for run in range(read.runs):
-                at = run * read.length * size
-                _fill(fd, buffer[at : at + read.length * size], base + (read.start + run * read.stride) * size, chunk)
-            requested += read.bytes
-            stored = staging[: read.bytes].view(getattr(torch, dtype)).view(read.runs, read.length)
-            self._runs(read).copy_(stored)
+        requested = 0
+        if is_whole(chunk):
+            item, chunk, requested = self._decoded(fd, chunk, dtype)
+            fd = item.fileno()  # open for as long as `item` is known here
+        base, looked_at = self._first_element(fd, chunk, dtype)
+        requested += looked_at + batch.bytes
+        memory = buffer.numpy().data
+        if batch.span is not None:
+            _fill(fd, memory, base + batch.span[0] * size, chunk)
         else:
-            low, high = batch.span
-            requested += (high - low) * size
-            direct = self._direct(batch)
-            target = staging[: (high - low) * size] if direct is None else direct.view(torch.uint8)
-            _fill(fd, target.numpy().data, base + low * size, chunk)
-            if direct is None:
-                stored = target.view(getattr(torch, dtype))
-                for read in batch.reads:
-                    self._runs(read).copy_(stored.as_strided((read.runs, read.length), (read.stride, 1), read.start - low))
+            (read,) = batch.reads
+            width = read.length * size
+            for run in range(read.runs):
+                _fill(fd, memory[run * width : (run + 1) * width], base + (read.start + run * read.stride) * size, chunk)
         with self.lock:
             self.bytes_requested += requested
             if self.progress is not None:
                 self.progress(requested)
+
+    def place(self, batch: Batch, buffer: torch.Tensor) -> None:
+        """Put the bytes in `buffer`, which `fetch` brought, where they belong."""
+        stored = buffer.view(getattr(torch, batch.reads[0].dtype))
+        self._look(stored)
+        for read in batch.reads:
+            stride, first = (read.length, 0) if batch.span is None else (read.stride, read.start - batch.span[0])
+            values = stored.as_strided((read.runs, read.length), (stride, 1), stored.storage_offset() + first)
+            places = self._runs(read)
+            if places.dtype != values.dtype:
+                values = values.to(places.dtype)
+                self._look(values)  # what does not fit a narrower type became Inf
+            places.copy_(values)
+
+    def _look(self, values: torch.Tensor) -> None:
+        """Notice if `values`, still in the processor's cache, may hold NaN or Inf: their sums are finite only if all are."""
+        if self.doubtful:
+            return
+        for part in values.reshape(-1).split(_HOT // values.itemsize):
+            if not math.isfinite(part.sum().item()):
+                self.doubtful = True
+
+    def _decoded(self, fd: int, chunk: Chunk, dtype: str) -> tuple[BinaryIO, Chunk, int]:
+        """A chunk that can only be read whole: the file it was decoded to, the chunk there, and the bytes read for it."""
+        try:
+            return self.decoded.find(fd, chunk, dtype)
+        except ValueError as error:
+            raise ValueError(f"{self.root}/{error}") from error
 
     def _first_element(self, fd: int, chunk: Chunk, dtype: str) -> tuple[int, int]:
         """Where the chunk's first element lies in its file, and the bytes read to find out."""
@@ -228,5 +273,5 @@ def _fill(fd: int, buffer: memoryview, offset: int, chunk: Chunk) -> None:
     while buffer:
         count = os.preadv(fd, [buffer], offset)
         if count == 0:
-            raise ValueError(f"{chunk.file}: ends at byte {offset:,}, in the middle of a weight; it changed while it was read")
+            raise ValueError(f"{chunk.about}: the file ends at byte {offset:,}, in the middle of it; it changed while it was read")
         buffer, offset = buffer[count:], offset + count

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +12,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from dist_infer.checkpoint.checkpoint import Checkpoint, load
+from dist_infer.checkpoint.pages import prefer_huge_pages
 from dist_infer.checkpoint.reader import LoadReport
+from dist_infer.checkpoint.relay import Relay
 from dist_infer.config.loader import LoaderOptions
 from dist_infer.distributed.mesh import Mesh
 from dist_infer.model.config import ModelConfig
 from dist_infer.model.decoder import Decoder
 from dist_infer.model.layers import Linear
 from dist_infer.model.weights import Weight, describe, fsdp_rows
+
+if TYPE_CHECKING:
+    from dist_infer.model.fallback import FallbackDecoder
 
 
 class ModelShard:
@@ -32,16 +39,17 @@ class ModelShard:
     def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.mesh = config, mesh
         self.weights: list[Weight] = list(describe(config, mesh.shape.tp, mesh.coordinates.tp))
-        with torch.device("meta"):
-            decoder = Decoder(config, mesh.tp, device)
-        decoder.to(dtype)
+        decoder = _without_memory(config, mesh, dtype, device)
         if mesh.fsdp_device_mesh is not None:
             for block in decoder.blocks:
                 fully_shard(block, mesh=mesh.fsdp_device_mesh, reshard_after_forward=True)
             fully_shard(decoder, mesh=mesh.fsdp_device_mesh, reshard_after_forward=True)
         self.decoder = decoder.to_empty(device=device)
-        if config.tied_head:
+        if not isinstance(decoder, Decoder):
+            decoder.restore()
+        elif config.tied_head:
             decoder.head.weight = decoder.embedding.weight
+        prefer_huge_pages(self.destinations().values())
 
     def destinations(self) -> dict[str, Tensor]:
         """This rank's rows of each parameter, by the names of `weights`."""
@@ -49,14 +57,23 @@ class ModelShard:
         local = {weight.parameter: _local(named[weight.parameter]) for weight in self.weights}
         for weight in self.weights:
             first, stop = fsdp_rows(weight.shape[0], self.mesh.shape.fsdp, self.mesh.coordinates.fsdp)
-            held = (stop - first, *weight.shape[1:])
-            assert local[weight.parameter].shape == held, f"{weight.parameter} is {local[weight.parameter].shape}, described as {held}"
+            held, found = (stop - first, *weight.shape[1:]), local[weight.parameter]
+            assert found.numel() == math.prod(held), f"{weight.parameter} is {found.shape}, described as {held}"
+            local[weight.parameter] = found.view(held)  # transformers' packs of experts have a dim more
         return local
 
     def load(self, checkpoint: Checkpoint, options: LoaderOptions, progress: Callable[[int], object] | None = None) -> LoadReport:
         """Fill the shard from a checkpoint that matches the model; reads only this rank's bytes."""
-        coordinate = self.mesh.coordinates.fsdp
-        return load(checkpoint, self.config, self.weights, self.mesh.shape.fsdp, coordinate, self.destinations(), options, progress)
+        fsdp, coordinate, destinations = self.mesh.shape.fsdp, self.mesh.coordinates.fsdp, self.destinations()
+        relay = self._relay() if options.read == "once" else None
+        return load(checkpoint, self.config, self.weights, fsdp, coordinate, destinations, options, progress, relay)
+
+    def _relay(self) -> Relay:
+        """The ranks that hold what this one holds, and the parameters that all tp ranks hold alike."""
+        common = set(self.weights)
+        for rank in range(self.mesh.shape.tp):
+            common &= set(describe(self.config, self.mesh.shape.tp, rank))
+        return Relay(self.mesh.twins(), self.mesh.tp, frozenset(weight.parameter for weight in common))
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Callable[[], Tensor]]) -> None:
@@ -89,11 +106,36 @@ class ModelShard:
         if self.mesh.fsdp_device_mesh is None:
             for module in self.decoder.modules():
                 if isinstance(module, Linear):
-                    module.pack(keep_weight=self.config.tied_head and module is self.decoder.head)
+                    tied = self.config.tied_head and isinstance(self.decoder, Decoder) and module is self.decoder.head
+                    module.pack(keep_weight=tied)
 
-    def parameter_bytes(self) -> int:
-        """Bytes of weights on this rank."""
-        return sum(tensor.nbytes for tensor in self.destinations().values())
+    def refill(self, checkpoint: Checkpoint, options: LoaderOptions, progress: Callable[[int], object] | None = None) -> LoadReport:
+        """Load another checkpoint of the same architecture over the weights, in place; packed ones are plain afterwards."""
+        for module in self.decoder.modules():
+            if isinstance(module, Linear):
+                module.unpack()
+        prefer_huge_pages(self.destinations().values())
+        return self.load(checkpoint, options, progress)
+
+    @property
+    def elements(self) -> int:
+        """Elements of weights on this rank."""
+        rows = [fsdp_rows(weight.shape[0], self.mesh.shape.fsdp, self.mesh.coordinates.fsdp) for weight in self.weights]
+        return sum((stop - first) * math.prod(weight.shape[1:]) for weight, (first, stop) in zip(self.weights, rows, strict=True))
+
+
+def _without_memory(config: ModelConfig, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> Decoder | FallbackDecoder:
+    """This rank's part of the decoder over tp, on the meta device."""
+    if config.fallback is not None:
+        from dist_infer.model.fallback import FallbackDecoder, check_cut
+
+        check_cut(config, mesh.tp, device)
+        module = FallbackDecoder(config, mesh.tp, device, dtype)
+        module.check_fsdp(mesh.shape.fsdp)
+        return module
+    with torch.device("meta"):
+        decoder = Decoder(config, mesh.tp, device)
+    return decoder.to(dtype)
 
 
 def _local(parameter: nn.Parameter) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from dist_infer.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from dist_infer.checkpoint.content import content_hash, hash_weights
 from dist_infer.checkpoint.plan import plan
 from dist_infer.checkpoint.sources.source import ITEM_SIZES
 from dist_infer.cli.arguments import parse
@@ -18,16 +20,27 @@ MOST_RANKS_SHOWN = 16
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command; it starts no ranks and reads no weights. Exit status 2 when weights and model do not match."""
+    """Run the command; it starts no ranks, and reads weights only with loader.verify=full.
+
+    Exit status 2 when weights and model do not match.
+    """
     options = parse(arguments)
     if options.model.path is None:
         raise ValueError("model.path is not given: name a checkpoint directory, such as model.path=runs/step_50000")
-    checkpoint = open_checkpoint(options.model.path, options.model.dialect)
+    checkpoint = open_checkpoint(options.model.path, options.model.dialect, options.model.step, options.model.config)
     _show_checkpoint(checkpoint)
-    config = checkpoint.config(options.model.config)
-    _show_model(config)
+    try:
+        config = checkpoint.config(options.model.config)
+    except FileNotFoundError:
+        if options.model.config is None:
+            print(f"\n{checkpoint.shapes.stub()}\n")
+        raise
+    _show_model(checkpoint, config)
     checkpoint.match(config)
     print("match       every weight of the model is there, in shape, and nothing else")
+    if options.loader.verify == "full":
+        hashes = hash_weights(checkpoint, config, 0, 1, options.loader.threads)
+        print(f"content     {content_hash(checkpoint, config, hashes)}, every byte read, and compared where the trainer kept checksums")
     shape, _ = choose_mesh(options.parallel, None, 1, heads=config.heads)
     _show_mesh(checkpoint, config, shape)
     return 0
@@ -41,26 +54,47 @@ def _show_checkpoint(checkpoint: Checkpoint) -> None:
     files = {chunk.file for entry in index.values() for chunk in entry.chunks}
     print(f"path        {checkpoint.path}{f'  ({checkpoint.note})' if checkpoint.note else ''}")
     print(f"source      {checkpoint.source.kind}, {len(files)} files with weights")
-    print(f"dialect     {checkpoint.dialect.name}")
+    print(f"dialect     {checkpoint.dialect.name}{f', below {prefix!r}' if (prefix := checkpoint.dialect.prefix) else ''}")
     print(
         f"tensors     {len(index)}, {count:,} elements, {_size(stored)} ({', '.join(f'{n} {dtype}' for dtype, n in dtypes.most_common())})"
     )
     print(f"other       {_size(checkpoint.source.other_bytes)} of optimizer and other state, never read")
+    if checkpoint.source.ignored:
+        print(f"ignored     {', '.join(checkpoint.source.ignored)}: not known here, and no weights need it")
     print(f"identity    {checkpoint.identity}")
     tokenizer, generation = checkpoint.tokenizer_directory(), checkpoint.generation_config()
     print(f"tokenizer   {tokenizer or 'none found'}")
     print(f"generation  {generation or 'no generation_config.json: greedy by default'}")
 
 
-def _show_model(config: ModelConfig) -> None:
+def _show_model(checkpoint: Checkpoint, config: ModelConfig) -> None:
     windows = sorted({window for window in config.sliding_windows if window is not None})
     print(
         f"model       {config.family}: {config.layers} layers, hidden {config.hidden_size}, ffn {config.ffn_size}, "
         f"{config.heads} heads over {config.kv_heads} of {config.head_dim}, vocabulary {config.vocab_size}, "
         f"{'tied' if config.tied_head else 'own'} head, up to {config.longest:,} tokens"
     )
-    rope = ", ".join(f"{key}={value}" for key, value in config.rope.items() if not isinstance(value, list))
-    print(f"rotary      {rope}" + (f"; sliding window {', '.join(map(str, windows))}" if windows else ""))
+    if config.fallback is not None:
+        print("runs        as transformers' own module; slower than the families that have a decoder of ours")
+    elif not config.learned_positions:
+        pairs = checkpoint.dialect.pairs("model.layers.0.self_attn.q_proj.weight", config)
+        print(
+            f"rotary      {_rope(config.rope)}"
+            + (f"; layers with a window {_rope(config.local_rope)}" if config.local_rope else "")
+            + (f"; {len(config.unrotated_layers)} layers without" if config.unrotated_layers else "")
+            + ("; pairs are stored side by side" if pairs else "")
+        )
+    if windows:
+        print(f"windows     {', '.join(map(str, windows))} tokens, in {sum(map(bool, config.sliding_windows))} of {config.layers} layers")
+    if config.experts is not None:
+        experts = config.experts
+        shared = f", and one of {experts.shared_ffn_size} for all" if experts.shared_ffn_size else ""
+        where = f"in {len(experts.layers)} of {config.layers} layers"
+        print(f"experts     {experts.chosen} of {experts.count} (ffn {experts.ffn_size}){shared}, {where}")
+
+
+def _rope(rope: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in rope.items() if not isinstance(value, list))
 
 
 def _show_mesh(checkpoint: Checkpoint, config: ModelConfig, shape: MeshShape) -> None:

@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": "continue prompts, on the terminal or from a file",
     "chat": "a conversation in the terminal",
     "score": "how likely continuations are",
+    "export": "write a model anew, as transformers and others read it",
     "inspect": "what a checkpoint is, and what each rank would read and hold",
 }
 HIDDEN = ("worker",)  # started by rank 0, not by people

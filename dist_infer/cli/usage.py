@@ -12,6 +12,7 @@ NOTES = {
     "one of prompt, messages, prompt_token_ids, and may have its own sampling object. A run that was cut continues when started again.",
     "chat": "Type a message; /reset begins anew, /exit or end of input leaves. system=TEXT sets the system message.",
     "score": "input=FILE.jsonl output=FILE.jsonl; a line has context and continuation, or context_token_ids and continuation_token_ids.",
+    "export": "Needs model.path and output=DIRECTORY; format=dcp for DCP, model.dtype to convert. parallel.* says how many ranks write.",
     "inspect": "Needs model.path only; parallel.* and model.config show the cut for a mesh and whether weights match the model.",
 }
 

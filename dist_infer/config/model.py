@@ -11,7 +11,10 @@ from dist_infer.config.field import option
 class ModelOptions:
     """The checkpoint and what belongs to it."""
 
-    path: str | None = option(None, "checkpoint directory (DCP or safetensors), its parent, or a Hugging Face id in the local cache")
+    path: str | None = option(
+        None, "checkpoint: a directory, its parent, a .safetensors, .bin or .pth file, or a Hugging Face id in the local cache"
+    )
+    step: int | None = option(None, "which step of the run in model.path; default: the one its `latest` names, or the newest", low=0)
     config: str | None = option(
         None, "model configuration: config.json, a trainer's TOML or JSON, or YAML; default: found beside the checkpoint"
     )
@@ -23,6 +26,6 @@ class ModelOptions:
     )
     dialect: str = option(
         "auto",
-        "how the trainer named its weights; auto finds it by the names",
-        choices=("auto", "huggingface", "kempnerforge", "torchtitan"),
+        "how the trainer named its weights: huggingface, kempnerforge, torchtitan, olmo_core, torchtune, litgpt, fast_llm, "
+        "or a YAML file that describes it; auto finds it by the names",
     )

@@ -26,7 +26,7 @@ from dist_infer.config.sampling import SamplingParams
 
 TEXT_KEYS = ("prompts", "sampling.stop", "system")
 STRINGS = ("str", "str | None")
-NOT_OF_RESULTS = ("prompts", "input", "output", "system")
+NOT_OF_RESULTS = ("prompts", "input", "output", "format", "system")
 
 
 @dataclass
@@ -40,7 +40,8 @@ class Options:
     loader: LoaderOptions = field(default_factory=LoaderOptions)
     prompts: list[str] = option([], "prompts to continue, streamed to the terminal")
     input: str | None = option(None, "JSONL file of requests")
-    output: str | None = option(None, "JSONL file of results")
+    output: str | None = option(None, "JSONL file of results; of an export, the directory to be made")
+    format: str = option("safetensors", "what an export writes", choices=("safetensors", "dcp"))
     system: str | None = option(None, "system message of a chat")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
 

@@ -146,7 +146,7 @@ class Mesh:
         if shape.size != world.size:
             raise ValueError(f"parallel: {shape} = {shape.size} ranks, but the world has {world.size}")
         self.shape, self.coordinates = shape, shape.coordinates(world.rank)
-        self._watchdog = world.watchdog
+        self._world, self._parallel = world, parallel
         self._communicators: list[Communicator] = []
         width = shape.fsdp * shape.tp
         first = self.coordinates.replica * width
@@ -155,6 +155,7 @@ class Mesh:
         tp = tuple(range(first_tp, first_tp + shape.tp))
         fsdp = replica[self.coordinates.tp :: shape.tp]
 
+        self._twins: Communicator | None = None
         cpu = torch.device("cpu")
         self.control = self._connect(world, replica, cpu, parallel)
         self.tp = self.control if (tp, world.device) == (replica, cpu) else self._connect(world, tp, world.device, parallel)
@@ -173,11 +174,19 @@ class Mesh:
         """Whether this is world rank 0."""
         return self.is_leader and self.coordinates.replica == 0
 
+    def twins(self) -> Communicator:
+        """The ranks that hold the same weights, one of each replica in order, for CPU tensors; every rank makes the first call."""
+        if self._twins is None:
+            width = self.shape.fsdp * self.shape.tp
+            first = self.coordinates.fsdp * self.shape.tp + self.coordinates.tp
+            self._twins = self._connect(self._world, tuple(range(first, self.shape.size, width)), torch.device("cpu"), self._parallel)
+        return self._twins
+
     def close(self) -> None:
         """Free the communicators."""
         while self._communicators:
             communicator = self._communicators.pop()
-            self._watchdog.release(communicator)
+            self._world.watchdog.release(communicator)
             communicator.close()
 
     def _connect(self, world: World, ranks: tuple[int, ...], device: torch.device, parallel: ParallelOptions) -> Communicator:
@@ -199,5 +208,5 @@ class Mesh:
 
     def _keep(self, communicator: C) -> C:
         self._communicators.append(communicator)
-        self._watchdog.guard(communicator)
+        self._world.watchdog.guard(communicator)
         return communicator

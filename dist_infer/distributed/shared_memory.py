@@ -70,7 +70,7 @@ class SharedMemory(Communicator):
         if not all(first.sees(world.hosts[rank]) for rank in ranks):
             return "the ranks are on several hosts, or in several containers"
         index, size = ranks.index(world.rank), segment_size(len(ranks))
-        topic = f"segment.{ranks[0]}"
+        topic = f"segment.{'-'.join(map(str, ranks))}"
         made = _make(size) if index == 0 else None
         offer = world.exchange(topic, made[:2] if made else None, ranks)[0]
         if offer is None:

@@ -51,7 +51,7 @@ class Blueprint:
         options.check()
         if options.model.path is None:
             raise ValueError("model.path is not given: name a checkpoint directory, such as model.path=runs/step_50000")
-        checkpoint = open_checkpoint(options.model.path, options.model.dialect)
+        checkpoint = open_checkpoint(options.model.path, options.model.dialect, options.model.step, options.model.config)
         config = checkpoint.config(options.model.config)
         checkpoint.match(config)
         return cls.around(options, config, checkpoint)

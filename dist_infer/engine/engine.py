@@ -191,6 +191,17 @@ class Engine:
                 self._following = False
                 self.runner.send(Step(Kind.RELEASE))
 
+    def swap(self, path: str) -> None:
+        """Tell the workers to load the checkpoint at `path`; they follow again when they have (see `resume`)."""
+        with self._lock:
+            self._following = False
+            self.runner.send(Step(Kind.SWAP, message=path))
+
+    def forget_prefixes(self) -> None:
+        """Forget what the KV cache holds of prompts: it was computed with other weights."""
+        for allocator in self.scheduler.allocators:
+            allocator.flush()
+
     def resume(self) -> None:
         """The workers are following again."""
         with self._lock:

@@ -16,6 +16,7 @@ from dist_infer.config.sampling import SamplingParams
 from dist_infer.engine.blueprint import Blueprint
 from dist_infer.engine.engine import Delta
 from dist_infer.engine.intake import Intake, Prompt
+from dist_infer.engine.report import provenance
 from dist_infer.engine.request import Request, Result
 from dist_infer.engine.session import Session
 from dist_infer.model.config import ModelConfig
@@ -99,7 +100,7 @@ class LLM:
             if isinstance(module, FSDPModule):
                 module.reshard()
         tensors = {_plain_name(name): parameter for name, parameter in model.named_parameters()}
-        dialect = find_dialect(tensors.keys(), options.model.dialect)
+        dialect = find_dialect(tensors.keys(), options.model.dialect, config)
         canonical: dict[str, Callable[[], Tensor]] = {}
         for weight in describe(config):
             for piece in weight.pieces:
@@ -134,6 +135,24 @@ class LLM:
         """The answer to a chat; None on ranks other than the conductor."""
         results = self.generate([list(messages)], sampling)
         return results[0] if results else None
+
+    def swap(self, path: str) -> None:
+        """Go on with the weights of another checkpoint of the same architecture, such as a later step; every rank of a script calls this.
+
+        Raises:
+            ValueError, OSError: The checkpoint cannot be used; the present weights stay in use.
+            RankFailure: Loading failed when weights were overwritten already.
+        """
+        self._session.swap(str(path))
+
+    def prefetch(self, path: str) -> None:
+        """Read a checkpoint into the page cache, in the background, for a `swap` to come; every rank of a script calls this."""
+        self._session.prefetch(str(path))
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What makes the results: checkpoint, topology, options and versions."""
+        return provenance(self._session)
 
     def close(self) -> None:
         """Free the ranks and their memory; every rank calls this."""

@@ -15,6 +15,7 @@ def provenance(session: Session) -> dict[str, Any]:
     return {
         "checkpoint": str(checkpoint.path) if checkpoint is not None else None,
         "identity": checkpoint.identity if checkpoint is not None else None,
+        "content_hash": session.content_hash,
         "topology": {"replicas": shape.replicas, "fsdp": shape.fsdp, "tp": shape.tp, "device": session.world.device.type},
         "dtype": str(session.blueprint.dtype).removeprefix("torch."),
         "options": session.options.changed(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,8 +98,11 @@ class Runner:
         if len(words) > FIRST_PART:
             self.mesh.control.broadcast(words[FIRST_PART:].clone())
 
-    def follow(self) -> bool:
+    def follow(self, swap: Callable[[str], object]) -> bool:
         """Do as the leader says (on a worker) until it releases this rank (True) or stops for good (False).
+
+        Args:
+            swap: Loads the weights of the checkpoint at a path.
 
         Raises:
             RuntimeError: The leader failed.
@@ -111,6 +115,8 @@ class Runner:
                     self.mesh.control.gather(answer)
             elif step.kind == Kind.ERROR:
                 raise RuntimeError(f"the leader failed: {step.message}")
+            elif step.kind == Kind.SWAP:
+                swap(step.message)
             elif step.kind != Kind.HEARTBEAT:
                 return step.kind == Kind.RELEASE
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple
+from dataclasses import astuple, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from dist_infer.checkpoint.checkpoint import open_checkpoint
+from dist_infer.checkpoint.content import content_hash, hash_weights
+from dist_infer.checkpoint.plan import Read, plan
+from dist_infer.checkpoint.prefetch import Prefetch
+from dist_infer.checkpoint.reader import LoadReport
 from dist_infer.checkpoint.shard import ModelShard
 from dist_infer.config.options import Options
 from dist_infer.distributed.launch import RankVariables
@@ -28,9 +35,11 @@ from dist_infer.engine.runner import Runner
 from dist_infer.engine.scheduler import RopeRules, Scheduler
 from dist_infer.engine.shared_work import SharedWork
 from dist_infer.model.native import Kernels, kernels
+from dist_infer.model.weights import describe
 
 Sink = Callable[[list[Delta], list[Result]], None]
 USER_ERRORS = (ValueError, OSError)
+NOT_ARCHITECTURE = ("dtype", "bos_token_id", "eos_token_ids")  # fields of ModelConfig that a swap may change
 
 
 class Session:
@@ -68,6 +77,9 @@ class Session:
         self.may_exit = not scripted
         self._say = say or (lambda line: None)
         self.world, self.blueprint, shape, why = self._meet(blueprint, check)
+        self.content_hash: str | None = None
+        self._ahead: Prefetch | None = None
+        self._lost: str | None = None  # why there are no weights any more
         try:
             self.mesh = Mesh(self.world, shape, options.parallel)
             if self.is_conductor:
@@ -93,6 +105,7 @@ class Session:
             RankFailure: A rank failed.
         """
         assert self.engine is not None
+        self._check_weights()
         with self._guarded():
             self.engine.resume()
             if self.work is None:
@@ -104,6 +117,7 @@ class Session:
     def stream(self, request: Request) -> Iterator[Delta | Result]:
         """Run one request on the conductor's own replica, handing on every delta; ends with its result."""
         assert self.engine is not None
+        self._check_weights()
         with self._guarded():
             self.engine.resume()
             if self.work is not None:
@@ -128,16 +142,64 @@ class Session:
         """
         with self._guarded():
             if self.engine is None:
-                self.runner.follow()
+                self.runner.follow(self._swap)
                 return
             assert self.work is not None
             while self.work.await_call():
+                path = self.work.swapped_to()
+                if path is not None:
+                    self.engine.swap(path)
+                    self._swap(path)
+                    self.work.finish()
+                    continue
                 self.engine.resume()
                 self.engine.run(self.work.take(), lambda _, results: self.work.deliver(results) if self.work else None)
                 self._end_call()
                 if self.scripted:
                     return
             self.engine.close()
+
+    def swap(self, path: str) -> None:
+        """Load the weights of the checkpoint at `path`, of the same architecture, over the present ones.
+
+        Called by every rank of a script, else by the conductor alone.
+
+        Raises:
+            ValueError: Requests are running, or the checkpoint cannot be used; the present weights stay in use.
+            RankFailure: A rank failed when weights were overwritten already; in a world of one its own error.
+        """
+        if self.engine is not None and self.engine.busy:
+            raise ValueError(f"swap to {path}: a request is still running; finish or close its stream first")
+        self._check_weights()
+        path = os.path.abspath(path) if os.path.exists(path) else path
+        if not self.scripted:
+            assert self.engine is not None
+            if self.work is not None:
+                self.work.publish_swap(path)
+            self.engine.swap(path)
+        refused = self._swap(path)
+        if not self.scripted and self.work is not None:
+            self.work.finish()
+        if refused is not None:
+            raise ValueError(refused)
+
+    def prefetch(self, path: str) -> None:
+        """Bring what a later `swap` to `path` reads into the page cache, in the background; errors are kept for the swap.
+
+        Called as `swap` is: ranks that this process started are on its host, so it reads for all of them.
+        """
+        if self._ahead is not None:
+            self._ahead.stop()
+        shape, at = self.mesh.shape, self.mesh.coordinates
+
+        def reads() -> tuple[Path, list[Read]]:
+            successor = self._successor(path)
+            checkpoint, config = successor.checkpoint, successor.config
+            assert checkpoint is not None
+            weights, fsdp, coordinate = (self.shard.weights, shape.fsdp, at.fsdp) if self.scripted else (list(describe(config)), 1, 0)
+            return checkpoint.source.root, plan(weights, fsdp, coordinate, checkpoint.index, checkpoint.dialect, config)
+
+        self._ahead = Prefetch(os.path.abspath(path) if os.path.exists(path) else path, reads)
 
     def close(self, error: BaseException | None = None) -> None:
         """End the session; every rank calls this. With `error` the workers leave with it."""
@@ -209,23 +271,16 @@ class Session:
     def _load(self, weights: Mapping[str, Callable[[], Tensor]] | None) -> None:
         """Weights, KV cache, and on the leader the engine."""
         blueprint, options, device = self.blueprint, self.options, self.world.device
-        shard = ModelShard(blueprint.config, self.mesh, blueprint.dtype, device)
-        began = time.perf_counter()
-        requested = 0
-        if weights is not None:
-            shard.take(weights)
+        if weights is None:
+            self.content_hash = self._verify(blueprint)
+        self.shard = shard = ModelShard(blueprint.config, self.mesh, blueprint.dtype, device)
+        shard.decoder.use(self._kernels())  # before weights are packed: some are packed for them
+        self.read_bytes, self.read_seconds = 0, 0.0
+        if weights is None:
+            self._read(blueprint, shard.load)
         else:
-            assert blueprint.checkpoint is not None
-            total = sum(tensor.numel() for tensor in shard.destinations().values())
-            with self._progress(total, "loading") as bar:
-                report = shard.load(blueprint.checkpoint, options.loader, bar.update)
-            requested = report.bytes_requested
-        if options.engine.pack_weights:
-            shard.pack()
-        shard.decoder.use(self._kernels())
-        # The slowest rank's time counts for all.
-        loads = self.world.exchange("loaded", [requested, time.perf_counter() - began])
-        self.read_bytes, self.read_seconds = sum(load[0] for load in loads), max(load[1] for load in loads) if weights is None else 0.0
+            shard.take(weights)
+            self._pack()
         free = min(self.world.exchange("free memory", free_bytes(device, self.world.local_size)))
         plan = self._plan_kv(blueprint, self.mesh.shape, free)
         if self.is_conductor:
@@ -233,7 +288,6 @@ class Session:
             if plan.max_model_len < blueprint.max_model_len:
                 self._say(f"sequences are limited to {plan.max_model_len:,} tokens by memory; the model takes {blueprint.max_model_len:,}")
         cache = shard.decoder.new_cache(plan.blocks, options.engine.block_size)
-        self.shard = shard
         self.runner = Runner(self.mesh, shard.decoder, cache, options.engine, plan.max_model_len)
         self.engine: Engine | None = None
         self.work: SharedWork | None = None
@@ -244,6 +298,105 @@ class Session:
             if self.mesh.shape.replicas > 1:
                 assert self.world.store is not None
                 self.work = SharedWork(self.world.store, self.mesh.shape.replicas, self.world.watchdog.check)
+
+    def _read(self, blueprint: Blueprint, load: Callable[..., LoadReport]) -> None:
+        """Fill the shard by its method `load` from the blueprint's checkpoint."""
+        began = time.perf_counter()
+        with self._progress(blueprint, self.shard.elements, "loading") as bar:
+            report = load(blueprint.checkpoint, self.options.loader, bar.update)
+        self._pack()
+        # The slowest rank's time counts for all.
+        loads = self.world.exchange("loaded", [report.bytes_requested, time.perf_counter() - began])
+        self.read_bytes, self.read_seconds = sum(load[0] for load in loads), max(load[1] for load in loads)
+
+    def _pack(self) -> None:
+        if self.options.engine.pack_weights:
+            self.shard.pack()
+
+    def _verify(self, blueprint: Blueprint) -> str | None:
+        """With loader.verify=full the hash of all weights, each read and checked on one of the ranks.
+
+        Raises:
+            ValueError: A rank found damage; the same on every rank.
+        """
+        checkpoint, config, options = blueprint.checkpoint, blueprint.config, self.options.loader
+        if options.verify != "full":
+            return None
+        assert checkpoint is not None
+        hashes, error = {}, None
+        try:
+            with self._progress(blueprint, blueprint.parameters // self.world.size, "verifying") as bar:
+                hashes = hash_weights(checkpoint, config, self.world.rank, self.world.size, options.threads, bar.update)
+        except USER_ERRORS as mistake:
+            error = str(mistake)
+        found = self.world.exchange("content", [error, hashes])
+        wrong = next((text for text, _ in found if text is not None), None)
+        if wrong is not None:
+            raise ValueError(wrong)
+        return content_hash(checkpoint, config, {name: digest for _, part in found for name, digest in part.items()})
+
+    def _swap(self, path: str) -> str | None:
+        """This rank's part of a swap; returns why it is refused, the same on every rank."""
+        successor, error = None, None
+        try:
+            self._end_prefetch(path)
+            successor = self._successor(path)
+        except USER_ERRORS as mistake:
+            error = str(mistake)
+        with self._guarded():
+            wrong = next((text for text in self.world.exchange("swap", error) if text is not None), None)
+            content = None
+            if wrong is None:
+                assert successor is not None
+                try:
+                    content = self._verify(successor)
+                except ValueError as mistake:
+                    wrong = str(mistake)
+            if wrong is None:
+                assert successor is not None
+                self._lost = f"the weights were lost when {path} could not be loaded"
+                self._read(successor, self.shard.refill)
+                self._lost = None
+                self.blueprint, self.options, self.content_hash = successor, successor.options, content
+                if self.engine is not None:
+                    self.engine.forget_prefixes()
+            if self.engine is not None and not self.scripted:
+                self.engine.resume()
+        return wrong
+
+    def _successor(self, path: str) -> Blueprint:
+        """The blueprint with the checkpoint at `path`; all that can be known before its weights are read is checked.
+
+        Raises:
+            FileNotFoundError: The checkpoint or its configuration is not there.
+            ValueError: It is damaged, or not of this architecture.
+        """
+        blueprint = self.blueprint
+        options = replace(self.options, model=replace(self.options.model, path=path, step=None))
+        checkpoint = open_checkpoint(path, options.model.dialect, config=options.model.config)
+        config = checkpoint.config(options.model.config)
+        for name in (item.name for item in fields(config) if item.name not in NOT_ARCHITECTURE):
+            ours, theirs = getattr(blueprint.config, name), getattr(config, name)
+            if ours != theirs:
+                raise ValueError(f"swap to {path}: {name} is {theirs} there and {ours} in the running model; load it as a new one")
+        checkpoint.match(blueprint.config)
+        tokenizer = vars(blueprint).get("tokenizer", blueprint.given_tokenizer)  # the one that was read stays
+        return replace(blueprint, options=options, checkpoint=checkpoint, given_tokenizer=tokenizer)
+
+    def _end_prefetch(self, path: str) -> None:
+        """End the prefetch there may be.
+
+        Raises:
+            ValueError: It was for `path`, and something went wrong in it.
+        """
+        ahead, self._ahead = self._ahead, None
+        error = ahead.stop() if ahead is not None else None
+        if ahead is not None and error is not None and ahead.path == path:
+            raise ValueError(str(error)) from error
+
+    def _check_weights(self) -> None:
+        if self._lost is not None:
+            raise RuntimeError(self._lost)
 
     def _kernels(self) -> Kernels | None:
         """The compiled kernels, if every rank has them: what all hold alike must be computed alike."""
@@ -265,10 +418,10 @@ class Session:
             self.options.parallel.timeout_s / 4,
         )
 
-    def _progress(self, total_elements: int, what: str) -> tqdm:
-        checkpoint = self.blueprint.checkpoint
+    def _progress(self, blueprint: Blueprint, total_elements: int, what: str) -> tqdm:
+        checkpoint = blueprint.checkpoint
         assert checkpoint is not None
-        size = getattr(torch, checkpoint.dtype(self.blueprint.config)).itemsize
+        size = getattr(torch, checkpoint.dtype(blueprint.config)).itemsize
         hidden = not (self.is_conductor and sys.stderr.isatty())
         return tqdm(total=total_elements * size, desc=what, unit="B", unit_scale=True, disable=hidden, leave=False)
 
@@ -308,6 +461,8 @@ class Session:
 
     def _leave(self, error: BaseException | None) -> None:
         """Leave the world, telling workers why when something went wrong."""
+        if self._ahead is not None:
+            self._ahead.stop()
         failed = error is not None or self.world.watchdog.failure is not None
         engine = getattr(self, "engine", None)
         if engine is not None and self.world.watchdog.failure is None:

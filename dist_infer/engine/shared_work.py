@@ -48,6 +48,15 @@ class SharedWork:
         self._wait(self._key("pieces"))
         return int(self.store.get(self._key("pieces"))) >= 0
 
+    def publish_swap(self, path: str) -> None:
+        """Begin a call in which every leader loads the checkpoint at `path` (on the conductor)."""
+        self.store.set(self._key("swap"), path)
+        self.store.set(self._key("pieces"), "0")
+
+    def swapped_to(self) -> str | None:
+        """The checkpoint to load in this call, if it is such a call."""
+        return self.store.get(self._key("swap")).decode() if self.store.check([self._key("swap")]) else None
+
     def close(self) -> None:
         """Tell the other leaders that there will be no further call (on the conductor)."""
         self.store.set(self._key("pieces"), "-1")

@@ -28,6 +28,7 @@ class Kind(IntEnum):
     RELEASE = 2  # return to the caller; more steps may come later
     STOP = 3  # leave for good
     ERROR = 4  # raise: the leader failed
+    SWAP = 5  # load the weights of the checkpoint that the message names
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Step:
         copies: (owner, source block, target block), made before the forward pass.
         spans: The tokens, in slot order of appearance; rows of logits are numbered in this order.
         resolves: (owner, row of its previous step) whose full logits the leader wants.
-        message: Text of an error.
+        message: Text of an error, or path of a checkpoint.
     """
 
     kind: Kind = Kind.RUN

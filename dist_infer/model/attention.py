@@ -8,6 +8,7 @@ it between all their queries.
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 
 import torch
@@ -23,8 +24,13 @@ from dist_infer.model.native import Kernels
 from dist_infer.model.rotary import rotate
 from dist_infer.model.weights import HeadCut
 
+# Queries whose softcapped scores exist at a time.
+SOFTCAP_ROWS = 128
 
-def attend_decodes(q: Tensor, keys: Tensor, values: Tensor, decodes: Decodes, window: int | None, scale: float) -> Tensor:
+
+def attend_decodes(
+    q: Tensor, keys: Tensor, values: Tensor, decodes: Decodes, window: int | None, scale: float, softcap: float | None = None
+) -> Tensor:
     """Attention of one-token spans.
 
     Args:
@@ -33,6 +39,7 @@ def attend_decodes(q: Tensor, keys: Tensor, values: Tensor, decodes: Decodes, wi
         decodes: The spans.
         window: The layer's sliding window.
         scale: Factor on the scores.
+        softcap: What keeps them below itself, if anything does.
 
     Returns:
         [spans, kv_heads, group, head_dim].
@@ -47,7 +54,7 @@ def attend_decodes(q: Tensor, keys: Tensor, values: Tensor, decodes: Decodes, wi
     to_spans, to_pairs = decodes.score_rows(kv_heads * group)
     queries = (q * scale).index_select(0, pairs.owner).view(count * kv_heads, group, head_dim)
     scores = torch.bmm(queries, keys.reshape(count * kv_heads, block_size, head_dim).transpose(1, 2))
-    scores = scores.view(-1, block_size).index_select(0, to_spans).view(spans, kv_heads * group, -1)
+    scores = _capped(scores.view(-1, block_size).index_select(0, to_spans).view(spans, kv_heads * group, -1), softcap)
     probabilities = torch.softmax(scores + decodes.mask(window), dim=-1).to(q.dtype)  # the mask makes the scores float32
     probabilities = probabilities.view(-1, block_size).index_select(0, to_pairs).view(count * kv_heads, group, block_size)
     outputs = torch.bmm(probabilities, values.reshape(count * kv_heads, block_size, head_dim))
@@ -56,7 +63,16 @@ def attend_decodes(q: Tensor, keys: Tensor, values: Tensor, decodes: Decodes, wi
     return outputs.view(spans, kv_heads, group, head_dim)
 
 
-def attend_prefill(q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, index: int, window: int | None, scale: float) -> Tensor:
+def attend_prefill(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: AttentionPlan,
+    index: int,
+    window: int | None,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
     """Attention of one longer span: q [length, kv_heads, group, head_dim] -> the same shape."""
     span, blocks = plan.prefills[index]
     length, kv_heads, group, head_dim = q.shape
@@ -65,10 +81,31 @@ def attend_prefill(q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan,
     )
     queries = q.permute(1, 2, 0, 3).reshape(1, kv_heads * group, length, head_dim)
     mask = plan.prefill_mask(index, window)
+    if softcap is not None:
+        return _attend_capped(q, context_keys[0], context_values[0], mask, scale, softcap)
     output = F.scaled_dot_product_attention(
         queries, context_keys, context_values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=group > 1
     )
     return output.view(kv_heads, group, length, head_dim).permute(2, 0, 1, 3)
+
+
+def _attend_capped(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """`attend_prefill` over the context [kv_heads, context, head_dim], some queries at a time, for want of a fused operation that caps."""
+    length, kv_heads, group, head_dim = q.shape
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    outputs = []
+    for start in range(0, length, SOFTCAP_ROWS):
+        queries, seen = q[start : start + SOFTCAP_ROWS], mask[start : start + SOFTCAP_ROWS]
+        scores = (queries * scale).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim) @ keys.transpose(1, 2)
+        scores = _capped(scores.float(), softcap).masked_fill_(~seen.repeat(group, 1), -math.inf)
+        output = torch.softmax(scores, dim=-1).to(q.dtype) @ values
+        outputs.append(output.view(kv_heads, group, -1, head_dim).permute(2, 0, 1, 3))
+    return torch.cat(outputs)
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 class Attention(nn.Module):
@@ -82,10 +119,15 @@ class Attention(nn.Module):
         self.layer = layer
         self.heads, self.kv_heads = cut.heads[1] - cut.heads[0], cut.kv_heads[1] - cut.kv_heads[0]
         self.head_dim, self.window = config.head_dim, config.window(layer)
-        self.scale = config.head_dim**-0.5
+        self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self.softcap = config.attention_softcap
         self.qkv = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, config.qkv_bias)
-        self.q_norm = RMSNorm(self.head_dim, config.head_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.head_norm_eps) if config.qk_norm else None
+        self.q_norm = self.k_norm = self.norm_across = None
+        if config.qk_norm == "head":
+            self.q_norm = RMSNorm(self.head_dim, config.head_norm_eps, config.norm_offset)
+            self.k_norm = RMSNorm(self.head_dim, config.head_norm_eps, config.norm_offset)
+        elif config.qk_norm == "full":
+            self.norm_across = NormAcrossHeads(config, cut, tp)
         self.output = RowParallelLinear(self.heads * self.head_dim, config.hidden_size, config.output_bias, tp)
         counts = _group_sizes(config, cut)
         self.group = max(counts)
@@ -105,16 +147,20 @@ class Attention(nn.Module):
             self._decode(q, keys, values, plan.decodes, mixed)
         for index, (span, _) in enumerate(plan.prefills):
             rows = slice(span.start, span.start + span.length)
-            mixed[rows] = self._flat(attend_prefill(self._grouped(q[rows]), keys, values, plan, index, self.window, self.scale))
+            grouped = self._grouped(q[rows])
+            mixed[rows] = self._flat(attend_prefill(grouped, keys, values, plan, index, self.window, self.scale, self.softcap))
         return self.output(mixed.view(tokens, -1))
 
     def _enter(self, qkv: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, plan: AttentionPlan) -> None:
         """Normalize and rotate queries and keys, and put keys and values into the cache."""
         q_norm, k_norm = self.q_norm, self.k_norm
+        if self.norm_across is not None:
+            self.norm_across(qkv)
         if self.kernels is not None:
             q_weight, k_weight = (None if norm is None else norm.weight for norm in (q_norm, k_norm))
-            keys, values, eps = cache.keys[self.layer], cache.values[self.layer], q_norm.eps if q_norm is not None else 0.0
-            self.kernels.rotate_and_cache(qkv, self.heads, cos, sin, q_weight, k_weight, eps, plan.slots, keys, values)
+            eps, offset = (q_norm.eps, q_norm.offset) if q_norm is not None else (0.0, 0.0)
+            keys, values = cache.keys[self.layer], cache.values[self.layer]
+            self.kernels.rotate_and_cache(qkv, self.heads, cos, sin, q_weight, k_weight, eps, offset, plan.slots, keys, values)
             return
         q, kv = qkv.split((self.heads, 2 * self.kv_heads), dim=1)
         if q_norm is not None and k_norm is not None:
@@ -128,11 +174,13 @@ class Attention(nn.Module):
         """Write the one-token spans' rows of `mixed`."""
         if self.kernels is not None:
             rows, tables, contexts = decodes.rows, decodes.tables, decodes.contexts
-            self.kernels.paged_attention(q, mixed, keys, values, rows, tables, contexts, self.groups, self.window, self.scale)
+            how = (self.groups, self.window, self.scale, self.softcap)
+            self.kernels.paged_attention(q, mixed, keys, values, rows, tables, contexts, *how)
             return
         if len(decodes.rows) < len(q):
             q = q.index_select(0, decodes.rows)
-        mixed.index_copy_(0, decodes.rows, self._flat(attend_decodes(self._grouped(q), keys, values, decodes, self.window, self.scale)))
+        found = attend_decodes(self._grouped(q), keys, values, decodes, self.window, self.scale, self.softcap)
+        mixed.index_copy_(0, decodes.rows, self._flat(found))
 
     def _grouped(self, q: Tensor) -> Tensor:
         """[tokens, heads, head_dim] -> [tokens, kv_heads, group, head_dim]; short groups are padded with zeros."""
@@ -145,6 +193,29 @@ class Attention(nn.Module):
         """The inverse of `_grouped`."""
         mixed = mixed.reshape(len(mixed), self.kv_heads * self.group, self.head_dim)
         return mixed if self.places is None else mixed.index_select(1, self.places)
+
+
+class NormAcrossHeads(nn.Module):
+    """RMS normalization of a token's queries, and of its keys, each over all heads of the layer: squares are summed over tp."""
+
+    def __init__(self, config: ModelConfig, cut: HeadCut, tp: Communicator) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = cut.heads[1] - cut.heads[0], cut.kv_heads[1] - cut.kv_heads[0]
+        self.q_weight = nn.Parameter(torch.empty(self.heads * config.head_dim), requires_grad=False)
+        self.k_weight = nn.Parameter(torch.empty(self.kv_heads * config.head_dim), requires_grad=False)
+        self.sizes = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.eps, self.offset, self.tp = config.head_norm_eps, config.norm_offset, tp
+        # A KV head that two ranks hold is counted by the first.
+        self.counted_before = HeadCut.of(config, tp.size, tp.rank - 1).kv_heads[1] - cut.kv_heads[0] if tp.rank else 0
+
+    def forward(self, qkv: Tensor) -> None:
+        """qkv [tokens, heads + 2 * kv_heads, head_dim] of this rank, in place."""
+        q, k, _ = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        squares = torch.stack([part.float().square().sum((1, 2)) for part in (q, k[:, self.counted_before :])])
+        self.tp.all_reduce(squares)
+        for part, weight, sums, size in zip((q, k), (self.q_weight, self.k_weight), squares, self.sizes, strict=True):
+            factor = torch.rsqrt(sums / size + self.eps)[:, None, None]
+            part.copy_(part.float() * factor * (weight.float() + self.offset).view(part.shape[1:]))
 
 
 def _group_sizes(config: ModelConfig, cut: HeadCut) -> list[int]:

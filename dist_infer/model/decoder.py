@@ -13,9 +13,20 @@ from dist_infer.model.attention_plan import AttentionPlan
 from dist_infer.model.batch import Batch
 from dist_infer.model.cache import KVCache
 from dist_infer.model.config import ModelConfig
-from dist_infer.model.layers import GatedMLP, Linear, RMSNorm, VocabularyParallelEmbedding
+from dist_infer.model.layers import (
+    MLP,
+    GatedMLP,
+    LayerNorm,
+    Linear,
+    PositionEmbedding,
+    RMSNorm,
+    Unnormalized,
+    VocabularyParallelEmbedding,
+    make_norm,
+)
+from dist_infer.model.moe import Experts, MoE
 from dist_infer.model.native import Kernels
-from dist_infer.model.rotary import Rotary
+from dist_infer.model.rotary import Rotary, no_rotation
 from dist_infer.model.weights import HeadCut, cut
 
 # Rows of logits made at a time: scoring wants thousands, and a row of a large vocabulary is half a megabyte.
@@ -23,22 +34,39 @@ LOGIT_ROWS = 256
 
 
 class Block(nn.Module):
-    """One layer: attention and mlp, each behind its norm and beside its residual."""
+    """One layer: attention and mlp, each beside its residual, with a norm before it, after it, or both."""
 
     def __init__(self, config: ModelConfig, layer: int, tp: Communicator, device: torch.device) -> None:
         super().__init__()
         ffn = cut(config.ffn_size, tp.size, tp.rank)
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        before, after = config.norm_placement != "post", config.norm_placement != "pre"
+        self.attention_norm = make_norm(config) if before else Unnormalized()
         self.attention = Attention(config, layer, tp, device)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = GatedMLP(config.hidden_size, ffn[1] - ffn[0], config.mlp_bias, tp)
+        self.attention_post_norm = make_norm(config) if after else None
+        self.mlp_norm = make_norm(config) if before else Unnormalized()
+        if config.experts is not None and layer in config.experts.layers:
+            self.mlp = MoE(config, tp)
+        else:
+            mlp = GatedMLP if config.gated_mlp else MLP
+            self.mlp = mlp(config.hidden_size, ffn[1] - ffn[0], config.mlp_bias, tp, config.activation)
+        self.mlp_post_norm = make_norm(config) if after else None
+        self.parallel, self.scale = config.parallel_residual, config.residual_scale
 
     def forward(
         self, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache, plan: AttentionPlan
     ) -> tuple[Tensor, Tensor]:
         """The residual stream `x` [tokens, hidden], and what the layer before has still to add to it; likewise out. `x` is overwritten."""
         attended = self.attention(self.attention_norm.after(x, delta), cos, sin, cache, plan)
-        return x, self.mlp(self.mlp_norm.after(x, attended))
+        attended = self._finish(attended, self.attention_post_norm)
+        fed = self.mlp(self.mlp_norm.after(x, None if self.parallel else attended))
+        fed = self._finish(fed, self.mlp_post_norm)
+        return x, attended + fed if self.parallel else fed
+
+    def _finish(self, branch: Tensor, norm: RMSNorm | LayerNorm | None) -> Tensor:
+        """What a branch adds to the residual stream."""
+        if norm is not None:
+            branch = norm.after(branch, None)
+        return branch if self.scale == 1 else branch * self.scale
 
 
 class Decoder(nn.Module):
@@ -54,10 +82,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.vocabulary = cut(config.vocab_size, tp.size, tp.rank)
+        self.rotations = [config.rotation(layer) for layer in range(config.layers)]
         self.rotary = Rotary(config, device)
+        self.local_rotary = None if config.local_rope is None else Rotary(config, device, config.local_rope)
         self.embedding = VocabularyParallelEmbedding(self.vocabulary, config.hidden_size, tp)
+        self.positions = PositionEmbedding(config.max_position, config.hidden_size) if config.learned_positions else None
         self.blocks = nn.ModuleList(Block(config, layer, tp, device) for layer in range(config.layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = make_norm(config)
         self.head = Linear(config.hidden_size, self.vocabulary[1] - self.vocabulary[0], bias=False)
         if config.tied_head:
             self.head.weight = self.embedding.weight
@@ -72,7 +103,7 @@ class Decoder(nn.Module):
     def use(self, kernels: Kernels | None) -> None:
         """Let the layers compute with `kernels` where they can."""
         for module in self.modules():
-            if isinstance(module, Attention | RMSNorm | GatedMLP):
+            if isinstance(module, Attention | RMSNorm | Linear | GatedMLP | Experts):
                 module.kernels = kernels
 
     def forward(self, batch: Batch, cache: KVCache, reduce: Callable[[Tensor, int], None]) -> None:
@@ -84,13 +115,35 @@ class Decoder(nn.Module):
             reduce: Called with float32 logits [rows, vocabulary of this rank] and the index of their
                 first row among `batch.logit_rows`, a slice at a time, so that they never all exist at once.
         """
-        x = self.embedding(batch.tokens)
-        cos, sin = self.rotary.angles(batch.positions, batch.rope_lengths, x.dtype)
+        x = self._embed(batch)
+        angles = {rotation: self._angles(rotation, batch, x.dtype) for rotation in set(self.rotations)}
         delta = None
-        for block in self.blocks:
-            x, delta = block(x, delta, cos, sin, cache, batch.attention)
+        for block, rotation in zip(self.blocks, self.rotations, strict=True):
+            x, delta = block(x, delta, *angles[rotation], cache, batch.attention)
         assert delta is not None, "a model of no layers"
         rows = batch.logit_rows
         wanted = self.norm.after(x.index_select(0, rows), delta.index_select(0, rows))
         for start in range(0, len(wanted), LOGIT_ROWS):
-            reduce(self.head(wanted[start : start + LOGIT_ROWS]).float(), start)
+            reduce(self._scaled(self.head(wanted[start : start + LOGIT_ROWS]).float()), start)
+
+    def _embed(self, batch: Batch) -> Tensor:
+        """The residual stream as it begins, [tokens, hidden]."""
+        x = self.embedding(batch.tokens)
+        if self.config.embedding_scale != 1:
+            x *= torch.tensor(self.config.embedding_scale, dtype=x.dtype)
+        return x if self.positions is None else x + self.positions(batch.positions)
+
+    def _angles(self, rotation: str, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of the step's tokens in layers that rotate like this."""
+        if rotation == "none":
+            return no_rotation(batch.positions, dtype)
+        if rotation == "local" and self.local_rotary is not None:
+            return self.local_rotary.angles(batch.positions, None, dtype)
+        return self.rotary.angles(batch.positions, batch.rope_lengths, dtype)
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        """The logits as they are meant; overwritten."""
+        scale, cap = self.config.logit_scale, self.config.logit_softcap
+        if scale != 1:
+            logits *= scale
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_infer.distributed.collectives import Communicator
+from dist_infer.model.config import ModelConfig
 from dist_infer.model.native import Kernels
+from dist_infer.model.packed import PackedProduct, packed_product
+
+# By their names in ModelConfig.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 class Linear(nn.Module):
     """A projection of this rank's slice: `weight` [outputs, inputs], optional `bias` [outputs]."""
+
+    kernels: Kernels | None = None
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__()
         self.inputs, self.outputs = inputs, outputs
         self.weight = nn.Parameter(torch.empty(outputs, inputs), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(outputs), requires_grad=False) if bias else None
-        self._packed: Tensor | None = None
+        self._packed: PackedProduct | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, inputs] -> [tokens, outputs]."""
@@ -27,30 +43,24 @@ class Linear(nn.Module):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x times the weight, plus `bias`."""
         if self._packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+            return self._packed(x, bias)
         return F.linear(x, self.weight, bias)
 
     def pack(self, keep_weight: bool) -> None:
-        """Reorder the weight once into the layout the CPU's matrix units want, and let go of the plain one.
+        """Reorder the weight once into the layout the CPU multiplies fastest, where there is one, and let go of the plain one.
 
         Args:
             keep_weight: Something else reads the plain weight (a tied embedding does).
         """
-        if not can_pack(self.weight):
-            return
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
-        if not keep_weight:
+        self._packed = packed_product(self.weight.detach(), self.kernels)
+        if self._packed is not None and not keep_weight:
             self.weight = nn.Parameter(torch.empty(0, self.inputs, dtype=self.weight.dtype), requires_grad=False)
 
-
-def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN has a faster layout for this weight: 16-bit types that this CPU multiplies, where the operators exist."""
-    mkldnn = torch.ops.mkldnn
-    if weight.device.type != "cpu" or not hasattr(mkldnn, "_reorder_linear_weight"):
-        return False
-    if weight.dtype == torch.bfloat16:
-        return mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.float16 and mkldnn._is_mkldnn_fp16_supported()
+    def unpack(self) -> None:
+        """Let go of the packed weight, and make room for a plain one to be filled."""
+        self._packed = None
+        if not len(self.weight):
+            self.weight = nn.Parameter(torch.empty(self.outputs, self.inputs, dtype=self.weight.dtype), requires_grad=False)
 
 
 class RowParallelLinear(Linear):
@@ -89,41 +99,103 @@ class VocabularyParallelEmbedding(nn.Module):
         return hidden
 
 
+class PositionEmbedding(nn.Module):
+    """Embeddings of positions, whole on every tp rank: `weight` [positions, hidden]."""
+
+    def __init__(self, positions: int, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(positions, hidden), requires_grad=False)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """[tokens] -> [tokens, hidden]."""
+        return F.embedding(positions, self.weight)
+
+
 class RMSNorm(nn.Module):
-    """Root-mean-square normalization over the last dim."""
+    """Root-mean-square normalization over the last dim; what is stored of the weight is it less `offset`."""
 
     kernels: Kernels | None = None
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.offset = eps, offset
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size]."""
+        if self.offset:  # a weight near 1 has more digits in float32 than as it is stored
+            return F.rms_norm(x.float(), self.weight.shape, self.weight.float() + self.offset, self.eps).to(x.dtype)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def after(self, x: Tensor, delta: Tensor | None) -> Tensor:
         """Add `delta` to the residual stream `x` [tokens, size] in place, and normalize the sum."""
         if self.kernels is not None:
-            return self.kernels.add_rms_norm(x, delta, self.weight, self.eps)
+            return self.kernels.add_rms_norm(x, delta, self.weight, self.eps, self.offset)
         return self(x if delta is None else x.add_(delta))
 
 
+class LayerNorm(nn.Module):
+    """Normalization over the last dim to mean `bias` and deviation `weight`."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(size), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> [..., size]."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def after(self, x: Tensor, delta: Tensor | None) -> Tensor:
+        """As `RMSNorm.after`."""
+        return self(x if delta is None else x.add_(delta))
+
+
+class Unnormalized(nn.Module):
+    """Where other models have a norm."""
+
+    def after(self, x: Tensor, delta: Tensor | None) -> Tensor:
+        """Add `delta` to the residual stream `x` in place; the sum itself."""
+        return x if delta is None else x.add_(delta)
+
+
+def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+    """The model's norm, over the hidden size."""
+    if config.norm == "layer":
+        return LayerNorm(config.hidden_size, config.norm_eps)
+    return RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
+
+
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)); gate and up are one matrix, stacked."""
+    """down(activation(gate(x)) * up(x)); gate and up are one matrix, stacked."""
 
     kernels: Kernels | None = None
 
-    def __init__(self, hidden: int, ffn: int, bias: bool, tp: Communicator) -> None:
+    def __init__(self, hidden: int, ffn: int, bias: bool, tp: Communicator, activation: str = "silu") -> None:
         super().__init__()
+        self.activation = activation
         self.gate_up = Linear(hidden, 2 * ffn, bias)
         self.down = RowParallelLinear(ffn, hidden, bias, tp)
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden]."""
         gate_up = self.gate_up(x)
-        if self.kernels is not None:
+        if self.kernels is not None and self.activation == "silu":
             return self.down(self.kernels.silu_and_multiply(gate_up))
         gate, up = gate_up.chunk(2, dim=-1)
-        return self.down(F.silu(gate).mul_(up))
+        return self.down(ACTIVATIONS[self.activation](gate).mul_(up))
+
+
+class MLP(nn.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, hidden: int, ffn: int, bias: bool, tp: Communicator, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.up = Linear(hidden, ffn, bias)
+        self.down = RowParallelLinear(ffn, hidden, bias, tp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[tokens, hidden] -> [tokens, hidden]."""
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))

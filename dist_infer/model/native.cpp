@@ -1,6 +1,7 @@
 // The small operations of a decoder layer on CPU, each one pass over memory: residual and norm, rotation and cache write,
-// attention of one-token spans over the paged cache, gated activation. `native.py` builds and calls this file; what it
-// computes is what the eager operations beside each call compute. Everything inside is float32.
+// attention of one-token spans over the paged cache, gated activation; and, for processors that multiply bfloat16 in vectors,
+// matrix products. `native.py` builds and calls this file; what it computes is what the eager operations beside each call
+// compute. Everything inside is float32.
 
 #include <cmath>
 #include <cstdint>
@@ -112,7 +113,8 @@ inline Lanes sums(Lanes* x) {
 #endif
 }
 
-template <class T> void add_rms_norm(T* x, const T* delta, const T* weight, T* out, int64_t rows, int64_t size, float eps) {
+template <class T>
+void add_rms_norm(T* x, const T* delta, const T* weight, T* out, int64_t rows, int64_t size, float eps, float offset) {
 #pragma omp parallel for if (rows * size > 32768)
     for (int64_t row = 0; row < rows; row++) {
         T* xs = x + row * size;
@@ -128,13 +130,14 @@ template <class T> void add_rms_norm(T* x, const T* delta, const T* weight, T* o
         }
         float factor = 1.0f / __builtin_sqrtf(sum(squares) / size + eps);
         for (int64_t i = 0; i < size; i += WIDTH)
-            store(out + row * size + i, load(xs + i, size - i) * factor * load(weight + i, size - i), size - i);
+            store(out + row * size + i, load(xs + i, size - i) * factor * (load(weight + i, size - i) + offset), size - i);
     }
 }
 
 // One head of a token: normalized where there is a weight, rotated, written to `to`.
 template <class T>
-void place_head(const T* from, T* to, const T* weight, const T* cos, const T* sin, int64_t head_dim, int64_t rotated, float eps) {
+void place_head(const T* from, T* to, const T* weight, const T* cos, const T* sin, int64_t head_dim, int64_t rotated, float eps,
+                float offset) {
     float x[head_dim];
     float squares = 0;
     for (int64_t i = 0; i < head_dim; i += WIDTH) {
@@ -146,7 +149,7 @@ void place_head(const T* from, T* to, const T* weight, const T* cos, const T* si
         float factor = 1.0f / __builtin_sqrtf(squares / head_dim + eps);
         for (int64_t i = 0; i < head_dim; i += WIDTH) {
             T rounded[WIDTH];  // as a norm's output is, before the rotation
-            store(rounded, load(x + i, head_dim - i) * factor * load(weight + i, head_dim - i));
+            store(rounded, load(x + i, head_dim - i) * factor * (load(weight + i, head_dim - i) + offset));
             store(x + i, load(rounded), head_dim - i);
         }
     }
@@ -161,16 +164,17 @@ void place_head(const T* from, T* to, const T* weight, const T* cos, const T* si
 }
 
 template <class T>
-void rotate_and_cache(T* qkv, const T* cos, const T* sin, const T* q_weight, const T* k_weight, float eps, const int64_t* slots, T* keys,
-                      T* values, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t rotated, int64_t block_size) {
+void rotate_and_cache(T* qkv, const T* cos, const T* sin, const T* q_weight, const T* k_weight, float eps, float offset,
+                      const int64_t* slots, T* keys, T* values, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t rotated,
+                      int64_t block_size) {
 #pragma omp parallel for if (tokens * (heads + kv_heads) * head_dim > 16384)
     for (int64_t token = 0; token < tokens; token++) {
         T* head = qkv + token * (heads + 2 * kv_heads) * head_dim;
         const T *c = cos + token * rotated, *s = sin + token * rotated;
         int64_t row = slots[token] / block_size * kv_heads * block_size + slots[token] % block_size;
-        for (int64_t h = 0; h < heads; h++, head += head_dim) place_head(head, head, q_weight, c, s, head_dim, rotated, eps);
+        for (int64_t h = 0; h < heads; h++, head += head_dim) place_head(head, head, q_weight, c, s, head_dim, rotated, eps, offset);
         for (int64_t h = 0; h < kv_heads; h++, head += head_dim)
-            place_head(head, keys + (row + h * block_size) * head_dim, k_weight, c, s, head_dim, rotated, eps);
+            place_head(head, keys + (row + h * block_size) * head_dim, k_weight, c, s, head_dim, rotated, eps, offset);
         for (int64_t h = 0; h < kv_heads; h++, head += head_dim)
             memcpy(values + (row + h * block_size) * head_dim, head, head_dim * sizeof(T));
     }
@@ -229,7 +233,7 @@ template <int count> inline void mix(Lanes* mixed, const Lanes* tile, int64_t la
 // The query heads of one KV head over one sequence, 16 tokens at a time: scores, softmax, mixture of the values.
 template <class T>
 void attend(const T* q, T* out, const T* keys, const T* values, const Places& places, const T* next_keys, const Places& next,
-            int64_t group, float scale, Scratch& s) {
+            int64_t group, float scale, float softcap, Scratch& s) {
     int64_t head_dim = places.head_dim, lanes = (head_dim + WIDTH - 1) / WIDTH;
     int64_t length = places.context - places.first, tiles = (length + WIDTH - 1) / WIDTH;
     for (int64_t g = 0; g < group; g++) widen(q + g * head_dim, s.queries + g * lanes, head_dim);
@@ -240,7 +244,9 @@ void attend(const T* q, T* out, const T* keys, const T* values, const Places& pl
             Lanes products[WIDTH] = {};
             for (int64_t i = 0; i < lanes; i++)
                 for (int row = 0; row < WIDTH; row++) products[row] += s.queries[g * lanes + i] * s.tile[row * lanes + i];
-            s.scores[g * tiles + tile] = sums(products);
+            Lanes scores = sums(products);
+            if (softcap) scores = softcap - 2.0f * softcap / (exponential(scores * (2.0f / softcap)) + 1.0f);  // softcap * tanh
+            s.scores[g * tiles + tile] = scores;
         }
     }
     float totals[group];
@@ -269,7 +275,7 @@ void attend(const T* q, T* out, const T* keys, const T* values, const Places& pl
 template <class T>
 void paged_attention(const T* q, T* out, const T* keys, const T* values, const int64_t* rows, const int32_t* tables, const int64_t* contexts,
                      const int32_t* groups, int64_t spans, int64_t kv_heads, int64_t head_dim, int64_t q_stride, int64_t out_stride,
-                     int64_t block_size, int64_t table_width, int64_t window, float scale) {
+                     int64_t block_size, int64_t table_width, int64_t window, float scale, float softcap) {
     int64_t most_heads = 0, longest = 0;
     for (int64_t h = 0; h < kv_heads; h++) most_heads = groups[h + 1] - groups[h] > most_heads ? groups[h + 1] - groups[h] : most_heads;
     for (int64_t span = 0; span < spans; span++) longest = contexts[span] > longest ? contexts[span] : longest;
@@ -288,7 +294,7 @@ void paged_attention(const T* q, T* out, const T* keys, const T* values, const i
             int64_t other = item + 1 < spans * kv_heads ? (item + 1) / kv_heads : span, other_h = (item + 1) % kv_heads;
             attend(q + rows[span] * q_stride + groups[h] * head_dim, out + rows[span] * out_stride + groups[h] * head_dim,
                    keys + h * head_stride, values + h * head_stride, places(span), keys + other_h * head_stride, places(other),
-                   groups[h + 1] - groups[h], scale, scratch);
+                   groups[h + 1] - groups[h], scale, softcap, scratch);
         }
     }
 }
@@ -304,24 +310,118 @@ template <class T> void silu_and_multiply(const T* gate_up, T* out, int64_t rows
     }
 }
 
+// Processors with matrix units (AMX) leave the product to oneDNN, which uses them.
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#define MULTIPLIES 1
+
+// A packed matrix: panels of 32 outputs, in each the inputs two by two, [panels, pairs, PANEL] pairs of bfloat16.
+constexpr int64_t PANEL = 2 * WIDTH;
+constexpr int64_t TILE = 12;          // rows whose sums fill the registers
+constexpr int64_t ROWS = 12 * TILE;   // rows whose inputs stay in the cache while the panels pass by
+constexpr int64_t AHEAD = 64 * PANEL;  // how early memory is asked for a panel's next pairs
+
+// Elements 2 * pair and 2 * pair + 1 of a row; zero beyond its end.
+inline uint32_t pair_of(const bfloat16* row, int64_t pair, int64_t size) {
+    if (2 * pair + 1 == size) return row[2 * pair].bits;
+    uint32_t both;
+    memcpy(&both, row + 2 * pair, sizeof both);
+    return both;
+}
+
+void pack_matrix(const bfloat16* weight, uint32_t* packed, int64_t outputs, int64_t inputs) {
+    int64_t pairs = (inputs + 1) / 2, panels = (outputs + PANEL - 1) / PANEL;
+#pragma omp parallel for
+    for (int64_t panel = 0; panel < panels; panel++)
+        for (int64_t column = 0; column < PANEL; column++) {
+            int64_t output = panel * PANEL + column;
+            for (int64_t pair = 0; pair < pairs; pair++)
+                packed[(panel * pairs + pair) * PANEL + column] = output < outputs ? pair_of(weight + output * inputs, pair, inputs) : 0;
+        }
+}
+
+// `rows` rows of x, stored pair by pair with `stride` rows between, times one panel.
+template <int rows>
+void multiply_tile(const uint32_t* x, int64_t stride, const uint32_t* panel, int64_t pairs, const float* bias, bfloat16* y, int64_t y_stride,
+                   int64_t columns) {
+    Lanes sums[rows][2];
+    for (int row = 0; row < rows; row++) sums[row][0] = load(bias), sums[row][1] = load(bias + WIDTH);
+    for (int64_t pair = 0; pair < pairs; pair++, panel += PANEL, x += stride) {
+        __builtin_prefetch(panel + AHEAD);
+        __builtin_prefetch(panel + AHEAD + WIDTH);
+        __m512bh left = (__m512bh)_mm512_loadu_si512(panel), right = (__m512bh)_mm512_loadu_si512(panel + WIDTH);
+        for (int row = 0; row < rows; row++) {
+            __m512bh both = (__m512bh)_mm512_set1_epi32(x[row]);
+            sums[row][0] = (Lanes)_mm512_dpbf16_ps((__m512)sums[row][0], left, both);
+            sums[row][1] = (Lanes)_mm512_dpbf16_ps((__m512)sums[row][1], right, both);
+        }
+    }
+    for (int row = 0; row < rows; row++) {
+        store(y + row * y_stride, sums[row][0], columns);
+        if (columns > WIDTH) store(y + row * y_stride + WIDTH, sums[row][1], columns - WIDTH);
+    }
+}
+
+typedef void (*Tile)(const uint32_t*, int64_t, const uint32_t*, int64_t, const float*, bfloat16*, int64_t, int64_t);
+const Tile TILES[TILE] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>,  multiply_tile<5>,  multiply_tile<6>,
+                          multiply_tile<7>, multiply_tile<8>, multiply_tile<9>, multiply_tile<10>, multiply_tile<11>, multiply_tile<12>};
+
+void multiply(const bfloat16* x, const uint32_t* packed, const bfloat16* bias, bfloat16* y, uint32_t* scratch, int64_t rows,
+              int64_t outputs, int64_t inputs) {
+    int64_t pairs = (inputs + 1) / 2, panels = (outputs + PANEL - 1) / PANEL;
+#pragma omp parallel
+    for (int64_t first = 0; first < rows; first += ROWS) {
+        int64_t count = rows - first < ROWS ? rows - first : ROWS, tiles = (count + TILE - 1) / TILE;
+#pragma omp for
+        for (int64_t pair = 0; pair < pairs; pair++)
+            for (int64_t row = 0; row < count; row++) scratch[pair * count + row] = pair_of(x + (first + row) * inputs, pair, inputs);
+#pragma omp for
+        for (int64_t panel = 0; panel < panels; panel++) {
+            int64_t columns = outputs - panel * PANEL < PANEL ? outputs - panel * PANEL : PANEL;
+            float added[PANEL] = {};
+            for (int64_t column = 0; bias && column < columns; column++) {
+                uint32_t bits = (uint32_t)bias[panel * PANEL + column].bits << 16;
+                memcpy(added + column, &bits, sizeof bits);
+            }
+            for (int64_t tile = 0, row = 0; tile < tiles; tile++) {  // tiles as equal as they go
+                int64_t part = (count - row + tiles - tile - 1) / (tiles - tile);
+                TILES[part - 1](scratch + row, count, packed + panel * pairs * PANEL, pairs, added,
+                                y + (first + row) * outputs + panel * PANEL, outputs, columns);
+                row += part;
+            }
+        }
+    }
+}
+#endif
+
 }  // namespace
 
+#ifdef MULTIPLIES
+extern "C" void pack_matrix_bfloat16(const bfloat16* weight, uint32_t* packed, int64_t outputs, int64_t inputs) {
+    pack_matrix(weight, packed, outputs, inputs);
+}
+extern "C" void multiply_bfloat16(const bfloat16* x, const uint32_t* packed, const bfloat16* bias, bfloat16* y, uint32_t* scratch,
+                                  int64_t rows, int64_t outputs, int64_t inputs) {
+    multiply(x, packed, bias, y, scratch, rows, outputs, inputs);
+}
+#endif
+
 #define EXPORT(T)                                                                                                                        \
-    extern "C" void add_rms_norm_##T(T* x, const T* delta, const T* weight, T* out, int64_t rows, int64_t size, float eps) {             \
-        add_rms_norm(x, delta, weight, out, rows, size, eps);                                                                            \
+    extern "C" void add_rms_norm_##T(T* x, const T* delta, const T* weight, T* out, int64_t rows, int64_t size, float eps,               \
+                                     float offset) {                                                                                     \
+        add_rms_norm(x, delta, weight, out, rows, size, eps, offset);                                                                    \
     }                                                                                                                                    \
     extern "C" void rotate_and_cache_##T(T* qkv, const T* cos, const T* sin, const T* q_weight, const T* k_weight, float eps,            \
-                                         const int64_t* slots, T* keys, T* values, int64_t tokens, int64_t heads, int64_t kv_heads,      \
-                                         int64_t head_dim, int64_t rotated, int64_t block_size) {                                        \
-        rotate_and_cache(qkv, cos, sin, q_weight, k_weight, eps, slots, keys, values, tokens, heads, kv_heads, head_dim, rotated,        \
-                         block_size);                                                                                                    \
+                                         float offset, const int64_t* slots, T* keys, T* values, int64_t tokens, int64_t heads,          \
+                                         int64_t kv_heads, int64_t head_dim, int64_t rotated, int64_t block_size) {                      \
+        rotate_and_cache(qkv, cos, sin, q_weight, k_weight, eps, offset, slots, keys, values, tokens, heads, kv_heads, head_dim,         \
+                         rotated, block_size);                                                                                           \
     }                                                                                                                                    \
     extern "C" void paged_attention_##T(const T* q, T* out, const T* keys, const T* values, const int64_t* rows, const int32_t* tables,  \
                                         const int64_t* contexts, const int32_t* groups, int64_t spans, int64_t kv_heads,                 \
                                         int64_t head_dim, int64_t q_stride, int64_t out_stride, int64_t block_size,                      \
-                                        int64_t table_width, int64_t window, float scale) {                                              \
+                                        int64_t table_width, int64_t window, float scale, float softcap) {                               \
         paged_attention(q, out, keys, values, rows, tables, contexts, groups, spans, kv_heads, head_dim, q_stride, out_stride,           \
-                        block_size, table_width, window, scale);                                                                         \
+                        block_size, table_width, window, scale, softcap);                                                                \
     }                                                                                                                                    \
     extern "C" void silu_and_multiply_##T(const T* gate_up, T* out, int64_t rows, int64_t size) {                                        \
         silu_and_multiply(gate_up, out, rows, size);                                                                                     \

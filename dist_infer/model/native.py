@@ -26,18 +26,25 @@ NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
-    "add_rms_norm": [_POINTER] * 4 + [_INT] * 2 + [_FLOAT],
-    "rotate_and_cache": [_POINTER] * 5 + [_FLOAT] + [_POINTER] * 3 + [_INT] * 6,
-    "paged_attention": [_POINTER] * 8 + [_INT] * 8 + [_FLOAT],
+    "add_rms_norm": [_POINTER] * 4 + [_INT] * 2 + [_FLOAT] * 2,
+    "rotate_and_cache": [_POINTER] * 5 + [_FLOAT] * 2 + [_POINTER] * 3 + [_INT] * 6,
+    "paged_attention": [_POINTER] * 8 + [_INT] * 8 + [_FLOAT] * 2,
     "silu_and_multiply": [_POINTER] * 2 + [_INT] * 2,
 }
+_PANEL, _MOST_ROWS = 32, 144  # PANEL and ROWS of native.cpp
+_PRODUCTS = {"pack_matrix": [_POINTER] * 2 + [_INT] * 2, "multiply": [_POINTER] * 5 + [_INT] * 3}
 
 
 class Kernels:
-    """The kernels of one element type."""
+    """The kernels of one element type.
+
+    Attributes:
+        can_multiply: Whether there are matrix products among them.
+    """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
-        for name, arguments in _ARGUMENTS.items():
+        self.can_multiply = hasattr(library, f"multiply_{NAMES[dtype]}")
+        for name, arguments in (_ARGUMENTS | _PRODUCTS if self.can_multiply else _ARGUMENTS).items():
             function = getattr(library, f"{name}_{NAMES[dtype]}")
             function.argtypes, function.restype = arguments, None
             setattr(self, f"_{name}", function)
@@ -46,11 +53,13 @@ class Kernels:
     _rotate_and_cache: ctypes._NamedFuncPointer
     _paged_attention: ctypes._NamedFuncPointer
     _silu_and_multiply: ctypes._NamedFuncPointer
+    _pack_matrix: ctypes._NamedFuncPointer
+    _multiply: ctypes._NamedFuncPointer
 
-    def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """Add `delta` to `x` [rows, size] in place, and normalize the sum."""
+    def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+        """Add `delta` to `x` [rows, size] in place, and normalize the sum; `offset` is added to the weight."""
         out = torch.empty_like(x)
-        self._add_rms_norm(_at(x), _at(delta), _at(weight), _at(out), x.shape[0], x.shape[1], eps)
+        self._add_rms_norm(_at(x), _at(delta), _at(weight), _at(out), x.shape[0], x.shape[1], eps, offset)
         return out
 
     def rotate_and_cache(
@@ -62,6 +71,7 @@ class Kernels:
         q_weight: Tensor | None,
         k_weight: Tensor | None,
         eps: float,
+        offset: float,
         slots: Tensor,
         keys: Tensor,
         values: Tensor,
@@ -74,6 +84,7 @@ class Kernels:
             cos: [tokens, 1, rotary_dim], as `rotate` wants it; `sin` likewise.
             q_weight: [head_dim] of the query norm; `k_weight` of the key norm.
             eps: Epsilon of both norms.
+            offset: What is added to their weights.
             slots: [tokens] int64, block * block_size + offset.
             keys: [blocks, kv_heads, block_size, head_dim], the layer's pool; `values` likewise.
         """
@@ -81,7 +92,7 @@ class Kernels:
         pointers = [_at(tensor) for tensor in (qkv, cos, sin, q_weight, k_weight)]
         pools = [_at(tensor) for tensor in (slots, keys, values)]
         kv_heads = (all_heads - heads) // 2
-        self._rotate_and_cache(*pointers, eps, *pools, tokens, heads, kv_heads, head_dim, cos.shape[-1], keys.shape[2])
+        self._rotate_and_cache(*pointers, eps, offset, *pools, tokens, heads, kv_heads, head_dim, cos.shape[-1], keys.shape[2])
 
     def paged_attention(
         self,
@@ -95,6 +106,7 @@ class Kernels:
         groups: Tensor,
         window: int | None,
         scale: float,
+        softcap: float | None = None,
     ) -> None:
         """Attention of one-token spans.
 
@@ -108,11 +120,12 @@ class Kernels:
             groups: [kv_heads + 1] int32, first query head on each KV head, and the end.
             window: The layer's sliding window.
             scale: Factor on the scores.
+            softcap: What keeps them below itself, if anything does.
         """
         _, kv_heads, block_size, head_dim = keys.shape
         pointers = [_at(tensor) for tensor in (q, out, keys, values, rows, tables, contexts, groups)]
         sizes = (len(rows), kv_heads, head_dim, q.stride(0), out.stride(0), block_size, tables.shape[1], window or 0)
-        self._paged_attention(*pointers, *sizes, scale)
+        self._paged_attention(*pointers, *sizes, scale, softcap or 0.0)
 
     def silu_and_multiply(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up, [rows, 2 * size] -> [rows, size]."""
@@ -120,6 +133,22 @@ class Kernels:
         out = gate_up.new_empty(rows, size)
         self._silu_and_multiply(_at(gate_up), _at(out), rows, size)
         return out
+
+    def pack_matrix(self, weight: Tensor) -> Tensor:
+        """`weight` [outputs, inputs] in the layout `multiply` reads: panels of 32 outputs, inputs two by two."""
+        outputs, inputs = weight.shape
+        packed = torch.empty(-(-outputs // _PANEL), (inputs + 1) // 2, _PANEL, dtype=torch.int32)
+        self._pack_matrix(_at(weight.contiguous()), _at(packed), outputs, inputs)
+        return packed
+
+    def multiply(self, x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
+        """x [rows, inputs] times a packed weight, plus `bias` [outputs]: [rows, outputs]."""
+        x = x.contiguous()
+        rows, inputs = x.shape
+        y = x.new_empty(rows, outputs)
+        scratch = torch.empty(min(rows, _MOST_ROWS) * packed.shape[1], dtype=torch.int32)
+        self._multiply(_at(x), _at(packed), _at(bias), _at(y), _at(scratch), rows, outputs, inputs)
+        return y
 
 
 def _at(tensor: Tensor | None) -> int | None:

@@ -8,6 +8,8 @@ transformers' `generate` does with a cache, without being moved by neighbours in
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
@@ -19,16 +21,25 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 class Rotary:
-    """The rotation angles of one model."""
+    """The rotation angles of a model's layers, those that rotate alike.
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        """Raises ValueError when the rope type is not known to transformers."""
-        self.type = config.rope.get("rope_type", "default")
+    Args:
+        config: The model.
+        device: Where angles are computed.
+        rope: Hugging Face's `rope_parameters` of these layers; default: those the model has.
+
+    Raises:
+        ValueError: The rope type is not known to transformers.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, rope: dict[str, Any] | None = None) -> None:
+        rope = config.rope if rope is None else rope
+        self.type = rope.get("rope_type", "default")
         if self.type != "default" and self.type not in ROPE_INIT_FUNCTIONS:
             raise ValueError(f"rope_type {self.type!r} is not known; known are default, {', '.join(ROPE_INIT_FUNCTIONS)}")
         self.device = device
         self.depends_on_length = self.type in LENGTH_DEPENDENT
-        self.threshold = int(config.rope.get("original_max_position_embeddings") or config.max_position)
+        self.threshold = int(rope.get("original_max_position_embeddings") or config.max_position)
         if self.type == "dynamic":
             self.threshold = config.max_position
         # The functions read a transformers configuration; only these fields matter to them.
@@ -37,9 +48,9 @@ class Rotary:
             num_attention_heads=config.heads,
             head_dim=config.head_dim,
             max_position_embeddings=config.max_position,
-            rope_parameters=dict(config.rope),
+            rope_parameters=dict(rope),
         )
-        self._dim = int(config.head_dim * config.rope.get("partial_rotary_factor", 1.0))
+        self._dim = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
         self._base = self._frequencies(None)
         self._scaled: dict[int, tuple[Tensor, float]] = {}
 
@@ -87,6 +98,12 @@ class Rotary:
             else:
                 frequencies, scale = ROPE_INIT_FUNCTIONS[self.type](self._config, torch.device("cpu"), seq_len=length)
         return frequencies.to(self.device), scale
+
+
+def no_rotation(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of layers that do not rotate: [tokens, 1, 0]."""
+    none = torch.empty(len(positions), 1, 0, dtype=dtype, device=positions.device)
+    return none, none
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:

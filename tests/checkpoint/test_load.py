@@ -215,6 +215,16 @@ def test_values_that_are_not_finite(value: float, tmp_path: Path) -> None:
     load_part(checkpoint, config, 4, 3, 2, 1, torch.bfloat16, check_finite=False)
 
 
+def test_values_too_large_for_the_type(tmp_path: Path) -> None:
+    config = nine_heads()
+    tensors = random_tensors(config, torch.float32)
+    tensors["model.layers.0.self_attn.o_proj.weight"][5, 6] = -1e5
+    checkpoint = save("dcp", tensors, tmp_path / "c")
+    load_part(checkpoint, config, 1, 0, 1, 0, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.o_proj\.weight\[5, 6\] is -inf"):
+        load_part(checkpoint, config, 1, 0, 1, 0, torch.float16)
+
+
 def test_progress_adds_up(tmp_path: Path) -> None:
     config = nine_heads()
     checkpoint = save("dcp", random_tensors(config, torch.float32), tmp_path / "c")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_infer.checkpoint import open_checkpoint
-from dist_infer.checkpoint.configuration import read_configuration
+from dist_infer.checkpoint.configurations import read_configuration
 from dist_infer.checkpoint.dialects import find_dialect
 from dist_infer.checkpoint.locate import locate
 from dist_infer.model.config import ModelConfig
@@ -134,7 +134,7 @@ def test_dialects_that_do_not_fit() -> None:
         find_dialect([*HUGGINGFACE, *(f"ema.{name}" for name in HUGGINGFACE)])
     with pytest.raises(ValueError, match=r"no known model .* looked for tok_embeddings"):
         find_dialect(HUGGINGFACE, "torchtitan")
-    with pytest.raises(ValueError, match="must be auto, huggingface, kempnerforge, torchtitan"):
+    with pytest.raises(ValueError, match="must be one of auto, huggingface, kempnerforge, torchtitan"):
         find_dialect(HUGGINGFACE, "olmo")
     assert find_dialect([*HUGGINGFACE, *TITAN], "torchtitan").name == "torchtitan"
 
@@ -162,7 +162,7 @@ def test_kempnerforge_defaults(tmp_path: Path, multiplier: str, ffn: int) -> Non
 
 OWN = {
     "family": "llama", "vocab_size": 9, "hidden_size": 8, "ffn_size": 8, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 4,
-    "max_position": 16, "eos_token_ids": [1, 2],
+    "max_position": 16, "eos_token_ids": [1, 2], "rope": {"rope_theta": 1e4},
 }  # fmt: skip
 
 
@@ -184,7 +184,8 @@ def test_our_own_file(tmp_path: Path) -> None:
         ("model.json", "{}", "not a model configuration"),
         ("model.yaml", "a: [", "not readable"),
         ("config.json", '{"model_type": "other", "auto_map": {"AutoConfig": "x.C"}}', "code from a checkpoint is never run"),
-        ("config.toml", "[model]\nnum_experts = 4", "num_experts = 4 is not supported"),
+        ("config.toml", "[model]\nactivation = 'swish'", "model.activation = 'swish' is not supported"),
+        ("config.toml", "[model]\nmodel_type = 'mamba'", "model.model_type = 'mamba' is not supported"),
         ("config.json", '{"model_spec": {"name": "llama3", "model": {"dim": 4}}}', "not a complete torchtitan configuration"),
     ],
 )

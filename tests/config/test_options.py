@@ -156,7 +156,7 @@ def test_parameters_that_contradict_each_other() -> None:
     [
         ("[1]", "--config {}: must hold options by name, such as 'model:' and 'parallel:' sections"),
         ("word", "--config {}: must hold options by name, such as 'model:' and 'parallel:' sections"),
-        ("model: 5", "model: there is no such option; did you mean model.path?"),
+        ("model: 5", "model: there is no such option; did you mean model.step?"),
         ("model: {pth: x}", "model.pth: there is no such option; did you mean model.path?"),
         ("sampling.seed: 3", "--config {}: sampling.seed: write a section, 'sampling:' and below it 'seed:'"),
         ("prompts: {a: b}", "prompts=[{{'a': 'b'}}]: must be a list of texts"),

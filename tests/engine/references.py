@@ -19,12 +19,19 @@ CHECKPOINTS = {
     "hf_qwen2": ".",
     "hf_qwen3": ".",
     "hf_mistral": ".",
+    "hf_gemma3_text": ".",
+    "hf_mixtral": ".",
     "kempnerforge": "checkpoints/step_3",
     "kempnerforge_tied": "checkpoints/step_3",
     "torchtitan_llama3": "outputs/checkpoint/step-3",
     "torchtitan_llama3_full": "outputs/checkpoint/step-3",
     "torchtitan_qwen3": "outputs/checkpoint/step-3",
     "accelerate_fsdp2_llama": "checkpoint-3",
+    "kempnerforge_moe": "checkpoints/step_3",
+    "kempnerforge_pp2": "checkpoints/step_3",
+    "olmo_core_llama": "step3",
+    "litgpt_llama": ".",
+    "fast_llm_llama": ".",
 }
 
 
@@ -71,9 +78,20 @@ def make_model(directory: Path, seed: int = 0, std: float = 0.15, **config: Any)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * std
-            parameter.copy_(noise + 1 if "norm" in name and not name.endswith("bias") else noise)
+            is_norm = ("norm" in name or ".ln_" in name) and not name.endswith("bias")
+            parameter.copy_(noise + 1 if is_norm else noise)
     model.save_pretrained(directory)
     return model.eval()
+
+
+@torch.no_grad()
+def logits(path: Path, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits [tokens, vocabulary] of each prompt alone, by transformers on a model fresh from `path`."""
+    found = []
+    for prompt in prompts:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+        found.append(model(torch.tensor([list(prompt)])).logits[0])
+    return found
 
 
 @dataclass(frozen=True)
@@ -94,7 +112,8 @@ def greedy(path: Path, prompt: Sequence[int], count: int, cache: bool = True) ->
         count: Tokens to produce.
         cache: Keep keys and values; else each step computes the whole sequence anew.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **eager).eval()
     out = model.generate(
         torch.tensor([list(prompt)]),
         max_new_tokens=count,

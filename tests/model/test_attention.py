@@ -30,29 +30,33 @@ def filled_cache() -> KVCache:
     return cache
 
 
-def one_by_one(q: Tensor, keys: Tensor, values: Tensor, tables: list[tuple[list[int], int]], window: int | None, scale: float) -> Tensor:
+def one_by_one(
+    q: Tensor, keys: Tensor, values: Tensor, tables: list[tuple[list[int], int]], window: int | None, scale: float, softcap: float | None
+) -> Tensor:
     """[spans, kv_heads, group, head_dim], by the definition."""
     outputs = []
     for query, (blocks, context) in zip(q, tables, strict=True):
         first = 0 if window is None else max(0, context - window)
         k, v = (pool[blocks].transpose(0, 1).reshape(KV_HEADS, -1, HEAD_DIM)[:, first:context] for pool in (keys, values))
-        outputs.append(torch.softmax(scale * query @ k.transpose(1, 2), dim=-1) @ v)
+        scores = scale * query @ k.transpose(1, 2)
+        outputs.append(torch.softmax(scores if softcap is None else softcap * torch.tanh(scores / softcap), dim=-1) @ v)
     return torch.stack(outputs)
 
 
+@pytest.mark.parametrize("softcap", [None, 0.4])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize(
     "tables", [IN_ORDER, MIXED_WITH_HOLES, SHARED, FAR_APART], ids=["in order", "mixed with holes", "shared", "far apart"]
 )
-def test_decodes(tables: list[tuple[list[int], int]], window: int | None) -> None:
+def test_decodes(tables: list[tuple[list[int], int]], window: int | None, softcap: float | None) -> None:
     cache = filled_cache()
     # Block tables are longer than what is in use.
     spans = [Span(row, 1, context, np.array([*blocks, 0, 0], dtype=np.int32)) for row, (blocks, context) in enumerate(tables)]
     decodes = Decodes(spans, BLOCK, CPU)
     q = torch.randn(len(tables), KV_HEADS, GROUP, HEAD_DIM, generator=torch.Generator().manual_seed(2))
     for layer in range(2):
-        found = attend_decodes(q, cache.keys[layer], cache.values[layer], decodes, window, 0.3)
-        torch.testing.assert_close(found, one_by_one(q, cache.keys[layer], cache.values[layer], tables, window, 0.3))
+        found = attend_decodes(q, cache.keys[layer], cache.values[layer], decodes, window, 0.3, softcap)
+        torch.testing.assert_close(found, one_by_one(q, cache.keys[layer], cache.values[layer], tables, window, 0.3, softcap))
 
 
 def test_a_span_does_not_read_its_neighbours() -> None:

@@ -1,4 +1,4 @@
-"""Weights in oneDNN's own layout multiply as plain ones do: the operators are private, so they are watched here."""
+"""Packed weights multiply as plain ones do: by our kernel, and by oneDNN, whose operators are private and are watched here."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_infer.model.layers import Linear, can_pack
+from dist_infer.model.layers import Linear
+from dist_infer.model.native import kernels
+from dist_infer.model.packed import onednn_packs
 from tests.engine.jobs import Mesh, request, run
 from tests.engine.references import CHECKPOINTS, reference
 from tests.ranks import Ranks
 
-
-def packable(dtype: torch.dtype) -> bool:
-    return can_pack(torch.empty(1, 1, dtype=dtype))
-
-
-needs_operators = pytest.mark.skipif(not packable(torch.bfloat16), reason="no packed layout with this torch on this CPU")
+needs_operators = pytest.mark.skipif(not onednn_packs(torch.bfloat16), reason="no packed layout with this torch on this CPU")
 
 
 def filled(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> Linear:
@@ -29,13 +26,16 @@ def filled(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> Linear:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (72, 33), (250, 1), (256, 1001)])
-def test_packed_product(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (72, 33), (250, 1), (51, 49), (256, 1001)])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_packed_product(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, compiled: bool) -> None:
     linear = filled(inputs, outputs, bias, dtype)
+    linear.kernels = kernels(dtype) if compiled else None
+    ours = linear.kernels is not None and linear.kernels.can_multiply
     weight, added = linear.weight.detach().clone(), None if linear.bias is None else linear.bias.detach()
     linear.pack(keep_weight=False)
-    assert bool(linear.weight.numel()) != packable(dtype), "the plain weight is kept beside the packed one"
-    for rows in (1, 2, 8, 33, 130):
+    assert bool(linear.weight.numel()) != (ours or onednn_packs(dtype)), "the plain weight is kept beside the packed one"
+    for rows in (0, 1, 2, 8, 13, 33, 130, 300):
         x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows)).to(dtype)
         exact = F.linear(x.double(), weight.double(), None if added is None else added.double())
         found = linear(x)

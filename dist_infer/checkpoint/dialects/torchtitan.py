@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from dist_infer.checkpoint.dialects.dialect import Dialect, translate
+from typing import ClassVar
+
+from dist_infer.checkpoint.dialects.table import Place, Table, TableDialect
 from dist_infer.model.config import ModelConfig
-from dist_infer.model.stored import Stored
 
-_TABLE = {
-    "model.embed_tokens": "tok_embeddings",
-    "model.norm": "norm",
-    "lm_head": "lm_head",
-    "input_layernorm": "attention_norm",
-    "self_attn.q_proj": "attention.qkv_linear.wq",
-    "self_attn.k_proj": "attention.qkv_linear.wk",
-    "self_attn.v_proj": "attention.qkv_linear.wv",
-    "self_attn.o_proj": "attention.wo",
-    "self_attn.q_norm": "attention.q_norm",
-    "self_attn.k_norm": "attention.k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.up_proj": "feed_forward.w3",
-    "mlp.down_proj": "feed_forward.w2",
-}
-_INTERLEAVED = (".self_attn.q_proj", ".self_attn.k_proj")
+_LAYER = "layers.{layer}"
+_FUSED = Place(f"{_LAYER}.attention.qkv_linear.wqkv", parts=("q_proj", "k_proj", "v_proj"), grouped=True)
 
 
-class Torchtitan(Dialect):
-    """Rotary pairs lie side by side, except in Qwen3."""
+class Torchtitan(TableDialect):
+    """Rotary pairs lie side by side, except in Qwen3. Meta's own checkpoints of Llama have its older names."""
 
     name = "torchtitan"
-    embedding = "tok_embeddings.weight"
-    witness = "layers.0.attention.wo.weight"
+    rotary = "interleaved"
+    table: ClassVar[Table] = {
+        "model.embed_tokens": "tok_embeddings",
+        "model.norm": "norm",
+        "lm_head": ("lm_head", "output"),
+        "model.layers.{layer}.input_layernorm": f"{_LAYER}.attention_norm",
+        "model.layers.{layer}.self_attn.q_proj": (f"{_LAYER}.attention.qkv_linear.wq", f"{_LAYER}.attention.wq", _FUSED),
+        "model.layers.{layer}.self_attn.k_proj": (f"{_LAYER}.attention.qkv_linear.wk", f"{_LAYER}.attention.wk", _FUSED),
+        "model.layers.{layer}.self_attn.v_proj": (f"{_LAYER}.attention.qkv_linear.wv", f"{_LAYER}.attention.wv", _FUSED),
+        "model.layers.{layer}.self_attn.o_proj": f"{_LAYER}.attention.wo",
+        "model.layers.{layer}.self_attn.q_norm": f"{_LAYER}.attention.q_norm",
+        "model.layers.{layer}.self_attn.k_norm": f"{_LAYER}.attention.k_norm",
+        "model.layers.{layer}.post_attention_layernorm": f"{_LAYER}.ffn_norm",
+        "model.layers.{layer}.mlp.gate_proj": f"{_LAYER}.feed_forward.w1",
+        "model.layers.{layer}.mlp.up_proj": f"{_LAYER}.feed_forward.w3",
+        "model.layers.{layer}.mlp.down_proj": f"{_LAYER}.feed_forward.w2",
+    }
 
-    def map(self, name: str, config: ModelConfig) -> Stored:
-        """The translated name, or the older one where the checkpoint has that."""
-        stored = self.prefix + translate(name, _TABLE)
-        if stored not in self.names:
-            older = stored.replace("attention.qkv_linear.", "attention.") if "qkv_linear" in stored else stored.replace("lm_head", "output")
-            stored = older if older in self.names else stored
-        interleaved = config.family != "qwen3" and name.rpartition(".")[0].endswith(_INTERLEAVED)
-        return Stored(stored, pairs=config.head_dim if interleaved else 0)
+    def interleaved(self, config: ModelConfig) -> bool:
+        """Qwen3's are not."""
+        return super().interleaved(config) and config.family != "qwen3"
