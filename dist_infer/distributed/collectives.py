@@ -79,7 +79,7 @@ class ProcessGroup(Communicator):
     """A torch process group: gloo or NCCL."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        """Use `group`, which this communicator owns, for tensors on `device`."""
+        """Use `group` for tensors on `device`."""
         self.rank, self.size = group.rank(), group.size()
         self.group = group
         self._device = device
@@ -127,9 +127,7 @@ class ProcessGroup(Communicator):
             self._backend.abort()
 
     def close(self) -> None:
-        """Destroy the group, unless its world is gone already."""
-        if dist.is_initialized():
-            dist.destroy_process_group(self.group)
+        """Nothing: the group goes with the process's default one, and the next mesh of a script uses it again."""
 
     @contextmanager
     def _aborting(self) -> Iterator[None]:

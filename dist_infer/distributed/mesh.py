@@ -202,11 +202,32 @@ class Mesh:
         return self._process_group(world, ranks, device, parallel)
 
     def _process_group(self, world: World, ranks: tuple[int, ...], device: torch.device, parallel: ParallelOptions) -> ProcessGroup:
-        group = dist.new_group(list(ranks), timedelta(seconds=parallel.timeout_s), world.backend, use_local_synchronization=True)
-        assert isinstance(group, dist.ProcessGroup)
-        return self._keep(ProcessGroup(group, device))
+        return self._keep(ProcessGroup(_group(ranks, world.backend, parallel.timeout_s), device))
 
     def _keep(self, communicator: C) -> C:
         self._communicators.append(communicator)
         self._world.watchdog.guard(communicator)
         return communicator
+
+
+# Of the process's default group. torch names a group by its ranks and by how many groups there are, so one that is made again
+# after it was destroyed finds what the first left in the store; and a look between training steps is taken often.
+_groups: dict[tuple[tuple[int, ...], str | None, float], dist.ProcessGroup] = {}
+
+
+def _group(ranks: tuple[int, ...], backend: str | None, timeout_s: float) -> dist.ProcessGroup:
+    """The process group of `ranks`, all of which call this: an earlier mesh's, or a new one."""
+    group = _groups.get((ranks, backend, timeout_s))
+    if group is None or not _exists(group):
+        made = dist.new_group(list(ranks), timedelta(seconds=timeout_s), backend, use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup)
+        group = _groups[ranks, backend, timeout_s] = made
+    return group
+
+
+def _exists(group: dist.ProcessGroup) -> bool:
+    """Whether the default group that `group` was made beside is still there."""
+    try:
+        return bool(dist.get_process_group_ranks(group))
+    except (KeyError, ValueError):
+        return False

@@ -99,14 +99,17 @@ class LLM:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        tensors = {_plain_name(name): parameter for name, parameter in model.named_parameters()}
+        kept = model.state_dict().keys()
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept and buffer.is_floating_point()}
+        tensors = {_plain_name(name): tensor for name, tensor in (dict(model.named_parameters()) | buffers).items()}
         dialect = find_dialect(tensors.keys(), options.model.dialect, config)
         canonical: dict[str, Callable[[], Tensor]] = {}
+        gather = _Gather()
         for weight in describe(config):
             for piece in weight.pieces:
                 stored = dialect.map(piece.name, config)
                 if stored.tensor in tensors:
-                    canonical[piece.name] = _canonical(tensors[stored.tensor], stored, piece.shape[0])
+                    canonical[piece.name] = _canonical(tensors[stored.tensor], stored, piece.shape[0], gather)
         if options.model.dtype == "auto":
             options.model.dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         llm = cls.__new__(cls)
@@ -195,13 +198,31 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _canonical(parameter: Tensor, stored: Stored, rows: int) -> Callable[[], Tensor]:
+class _Gather:
+    """Gathers sharded parameters; the last one is kept, as experts are asked for one by one and lie in packs."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        """The whole parameter; collective when it is sharded."""
+        if not isinstance(parameter, DTensor):
+            return parameter.detach()
+        asked, whole = self._last
+        if asked is not parameter or whole is None:
+            self._last = (None, None)
+            whole = parameter.full_tensor()
+            self._last = (parameter, whole)
+        return whole
+
+
+def _canonical(parameter: Tensor, stored: Stored, rows: int, gather: _Gather) -> Callable[[], Tensor]:
     """Makes the whole canonical tensor of `rows` rows; collective when the parameter is sharded."""
     order = [row for part in stored.rows(0, rows) for row in range(part.stored, part.stored + part.step * part.length, part.step)]
 
     def make() -> Tensor:
         with torch.no_grad():
-            tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+            tensor = gather(parameter)
             if stored.member is not None:
                 tensor = tensor[stored.member]
             if stored.transposed:

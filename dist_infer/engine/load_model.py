@@ -10,11 +10,12 @@ from dist_infer.distributed.mesh import Mesh, MeshShape
 from dist_infer.distributed.world import World
 from dist_infer.engine.blueprint import Blueprint
 from dist_infer.model.decoder import Decoder
+from dist_infer.model.fallback.decoder import FallbackDecoder
 
 AXES = ("replica", "fsdp", "tp")
 
 
-def load_model(path: str, mesh: DeviceMesh | None = None, overrides: list[str] | None = None) -> Decoder:
+def load_model(path: str, mesh: DeviceMesh | None = None, overrides: list[str] | None = None) -> Decoder | FallbackDecoder:
     """Load this rank's shard of the checkpoint at `path`; every rank of `mesh` calls it.
 
     The module is called with a `Batch` (see `dist_infer.model.batch`), a cache from its `new_cache`, and a

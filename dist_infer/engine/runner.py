@@ -15,6 +15,7 @@ from dist_infer.engine.step import Kind, SpanOfStep, Step
 from dist_infer.model.batch import Batch, TokenSpan
 from dist_infer.model.cache import KVCache
 from dist_infer.model.decoder import LOGIT_ROWS, Decoder
+from dist_infer.model.fallback.decoder import FallbackDecoder
 from dist_infer.model.weights import cut
 from dist_infer.sampling.slots import Rows, SlotParams, SlotTable
 from dist_infer.sampling.summary import HeldRows, SummaryLayout, summarize
@@ -61,7 +62,7 @@ class Runner:
         max_model_len: Longest sequence.
     """
 
-    def __init__(self, mesh: Mesh, decoder: Decoder, cache: KVCache, options: EngineOptions, max_model_len: int) -> None:
+    def __init__(self, mesh: Mesh, decoder: Decoder | FallbackDecoder, cache: KVCache, options: EngineOptions, max_model_len: int) -> None:
         self.mesh, self.decoder, self.cache = mesh, decoder, cache
         self.device = cache.keys[0].device
         self.coordinate = mesh.coordinates.fsdp

@@ -36,10 +36,10 @@ def content(path: str | Path) -> str:
 
 
 @torch.no_grad()
-def logits(path: str | Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
+def logits(path: str | Path, tokens: list[int]) -> Tensor:
     """Logits [tokens, vocabulary] by transformers, of all of a model and nothing else."""
-    model: Any
-    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+    model, info = loaded
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()(torch.tensor([tokens])).logits[0].float()
 

@@ -126,3 +126,23 @@ def test_look_between_training_steps(ranks: Ranks, family: str, size: int, mesh:
     for (_, _, before), (_, _, after) in zip(undisturbed, looked, strict=True):
         assert same(before, after), "the training went another way"
     assert not same(undisturbed[0][2][0], undisturbed[1][2][0]), "every rank holds its own rows"
+
+
+def look_often(mesh: dict[str, int], collectives: str) -> list[list[list[int]]]:
+    """One look after another, in one process group."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=97, **sizes), dtype=torch.float32)
+    axes: dict[str, Any] = dict(mesh)
+    found = []
+    for _ in range(3):
+        with LLM.from_model(model, **axes, overrides=["device=cpu", f"parallel.collectives={collectives}"]) as llm:
+            found.append([result.outputs[0].token_ids for result in llm.generate(PROMPTS, SamplingParams(max_tokens=4, ignore_eos=True))])
+    return found
+
+
+@pytest.mark.parametrize(("size", "mesh"), [(2, {"fsdp": 2}), (2, {"tp": 2}), (4, {"tp": 2, "fsdp": 2})], ids=str)
+@pytest.mark.parametrize("collectives", ["auto", "process_group"])
+def test_one_look_after_another(ranks: Ranks, size: int, mesh: dict[str, int], collectives: str) -> None:
+    first, second, third = ranks(size).run(look_often, mesh, collectives)[0]
+    assert len(first) == len(PROMPTS) and first == second == third

@@ -41,7 +41,7 @@ def ask(llm: LLM) -> list[list[int]]:
     return [result.outputs[0].token_ids for result in llm.generate(PROMPTS, SamplingParams(max_tokens=LENGTH))]
 
 
-def swap_on_rank(paths: Sequence[str], axes: dict[str, int], options: Sequence[str]) -> list[Any]:
+def swap_on_rank(paths: Sequence[str], axes: dict[str, Any], options: Sequence[str]) -> list[Any]:
     """What a script gets: answers of each checkpoint in turn, one that does not fit among them."""
     with LLM(paths[0], **axes, overrides=[*OPTIONS, *options]) as llm:
         said: list[Any] = [ask(llm)]
