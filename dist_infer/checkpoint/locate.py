@@ -127,7 +127,7 @@ def _refuse(place: Path, step: int | None) -> NoReturn:
         if reason is not None:
             raise FileNotFoundError(reason)
         if steps:
-            raise FileNotFoundError(f"{holder}: none of its {len(steps)} steps is a complete checkpoint; the newest is {steps[0][1].name}")
+            raise FileNotFoundError(f"{holder}: none of its steps ({len(steps)}) is complete; the newest is {steps[0][1].name}")
     raise ValueError(f"{place}: a directory that is no checkpoint; give {_VALID}")
 
 

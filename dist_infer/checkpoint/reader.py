@@ -20,6 +20,7 @@ from dist_infer.checkpoint.plan import Read
 from dist_infer.checkpoint.sources.archive import find_elements
 from dist_infer.checkpoint.sources.codec import Decoded, is_whole
 from dist_infer.checkpoint.sources.source import ITEM_SIZES, Chunk
+from dist_infer.model.native import read_runs
 
 STAGING = 8 << 20  # bytes a thread reads at once, and all it holds besides the weights themselves
 _DENSE = 0.98  # the least part of a span that must be wanted for the span to be read in one go
@@ -199,8 +200,10 @@ class Job:
         else:
             (read,) = batch.reads
             width = read.length * size
-            for run in range(read.runs):
-                _fill(fd, memory[run * width : (run + 1) * width], base + (read.start + run * read.stride) * size, chunk)
+            start, stride = base + read.start * size, read.stride * size
+            done = read_runs(fd, buffer, start, width, stride, read.runs) or 0
+            for run in range(done // width, read.runs):  # all without kernels; else the one that fails again, with its place
+                _fill(fd, memory[run * width : (run + 1) * width], start + run * stride, chunk)
         with self.lock:
             self.bytes_requested += requested
             if self.progress is not None:
@@ -220,11 +223,11 @@ class Job:
             places.copy_(values)
 
     def _look(self, values: torch.Tensor) -> None:
-        """Notice if `values`, still in the processor's cache, may hold NaN or Inf: their sums are finite only if all are."""
+        """Notice if `values`, still in the processor's cache, hold NaN or Inf: the least and the greatest are finite only if all are."""
         if self.doubtful:
             return
         for part in values.reshape(-1).split(_HOT // values.itemsize):
-            if not math.isfinite(part.sum().item()):
+            if not all(math.isfinite(end.item()) for end in torch.aminmax(part)):
                 self.doubtful = True
 
     def _decoded(self, fd: int, chunk: Chunk, dtype: str) -> tuple[BinaryIO, Chunk, int]:

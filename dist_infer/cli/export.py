@@ -15,6 +15,7 @@ from dist_infer.checkpoint.checkpoint import open_checkpoint
 from dist_infer.checkpoint.export import Export
 from dist_infer.cli.arguments import parse
 from dist_infer.cli.ranks import say
+from dist_infer.cli.units import in_units
 from dist_infer.config.options import Options
 from dist_infer.distributed.launch import RankVariables
 from dist_infer.distributed.mesh import choose_mesh
@@ -86,7 +87,7 @@ def _write(export: Export, options: Options, world: World) -> None:
             export.write_rest(place)
             _open_up(place)
             place.rename(output)
-            say(f"{output}: {len(export.tensors)} tensors, {export.bytes / 1e9:.3g} GB, as {options.format}")
+            say(f"{output}: {len(export.tensors)} tensors, {in_units(export.bytes)}, as {options.format}")
         world.exchange("renamed", None)
     except BaseException:
         if made is not None:

@@ -12,6 +12,7 @@ from dist_infer.checkpoint.content import content_hash, hash_weights
 from dist_infer.checkpoint.plan import plan
 from dist_infer.checkpoint.sources.source import ITEM_SIZES
 from dist_infer.cli.arguments import parse
+from dist_infer.cli.units import in_units
 from dist_infer.distributed.mesh import MeshShape, choose_mesh
 from dist_infer.model.config import ModelConfig
 from dist_infer.model.weights import HeadCut, cut, describe, fsdp_rows
@@ -55,10 +56,9 @@ def _show_checkpoint(checkpoint: Checkpoint) -> None:
     print(f"path        {checkpoint.path}{f'  ({checkpoint.note})' if checkpoint.note else ''}")
     print(f"source      {checkpoint.source.kind}, {len(files)} files with weights")
     print(f"dialect     {checkpoint.dialect.name}{f', below {prefix!r}' if (prefix := checkpoint.dialect.prefix) else ''}")
-    print(
-        f"tensors     {len(index)}, {count:,} elements, {_size(stored)} ({', '.join(f'{n} {dtype}' for dtype, n in dtypes.most_common())})"
-    )
-    print(f"other       {_size(checkpoint.source.other_bytes)} of optimizer and other state, never read")
+    kinds = ", ".join(f"{number} {dtype}" for dtype, number in dtypes.most_common())
+    print(f"tensors     {len(index)}, {count:,} elements, {in_units(stored)} ({kinds})")
+    print(f"other       {in_units(checkpoint.source.other_bytes)} of optimizer and other state, never read")
     if checkpoint.source.ignored:
         print(f"ignored     {', '.join(checkpoint.source.ignored)}: not known here, and no weights need it")
     print(f"identity    {checkpoint.identity}")
@@ -117,16 +117,9 @@ def _show_mesh(checkpoint: Checkpoint, config: ModelConfig, shape: MeshShape) ->
             heads, vocabulary = HeadCut.of(config, shape.tp, rank), cut(config.vocab_size, shape.tp, rank)
             print(
                 f"{coordinate:>4} {rank:>4} {_range(heads.heads):>9} {_range(heads.kv_heads):>9} {_range(vocabulary):>16} "
-                f"{held:>15,} {len(reads):>8,} {_size(sum(read.bytes for read in reads)):>12}"
+                f"{held:>15,} {len(reads):>8,} {in_units(sum(read.bytes for read in reads)):>12}"
             )
 
 
 def _range(bounds: tuple[int, int]) -> str:
     return f"{bounds[0]}-{bounds[1] - 1}"
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"

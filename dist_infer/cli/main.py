@@ -22,7 +22,16 @@ MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status: 2 for a user's mistake, 1 for a failure."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0
@@ -45,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for training scripts
     try:
         return importlib.import_module(f"dist_infer.cli.{command}").run(rest)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         return _complain(str(error), MISTAKE)
     except RuntimeError as error:

@@ -1,12 +1,14 @@
 // The small operations of a decoder layer on CPU, each one pass over memory: residual and norm, rotation and cache write,
 // attention of one-token spans over the paged cache, gated activation; and, for processors that multiply bfloat16 in vectors,
-// matrix products. `native.py` builds and calls this file; what it computes is what the eager operations beside each call
+// matrix products. Beside them, reads of many short runs of a file. `native.py` builds and calls this file; what it computes is what the eager operations beside each call
 // compute. Everything inside is float32.
 
+#include <cerrno>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <unistd.h>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -404,6 +406,21 @@ extern "C" void multiply_bfloat16(const bfloat16* x, const uint32_t* packed, con
     multiply(x, packed, bias, y, scratch, rows, outputs, inputs);
 }
 #endif
+
+// `runs` runs of `length` bytes, one every `stride` bytes of the file, one after another into memory. The bytes read: all of them,
+// fewer where the file ends, or less than 0 when reading failed.
+extern "C" int64_t read_runs(int64_t file, char* to, int64_t offset, int64_t length, int64_t stride, int64_t runs) {
+    int64_t total = 0;
+    for (int64_t run = 0; run < runs; run++)
+        for (int64_t done = 0; done < length;) {
+            ssize_t count = pread(file, to + total, length - done, offset + run * stride + done);
+            if (count < 0 && errno == EINTR) continue;
+            if (count < 0) return -errno;
+            if (count == 0) return total;
+            done += count, total += count;
+        }
+    return total;
+}
 
 #define EXPORT(T)                                                                                                                        \
     extern "C" void add_rms_norm_##T(T* x, const T* delta, const T* weight, T* out, int64_t rows, int64_t size, float eps,               \

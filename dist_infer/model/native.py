@@ -164,6 +164,27 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
     return None if library is None else Kernels(library, dtype)
 
 
+def read_runs(fd: int, to: Tensor, offset: int, length: int, stride: int, runs: int) -> int | None:
+    """Read `runs` runs of `length` bytes, one every `stride` bytes of a file, one after another into `to` (uint8), in one call.
+
+    Returns:
+        The bytes read, fewer than all where the file ends; None where there are no kernels.
+
+    Raises:
+        OSError: Reading failed.
+    """
+    library = _library()
+    if library is None:
+        return None
+    assert to.is_contiguous() and to.nbytes >= length * runs
+    function = library.read_runs
+    function.argtypes, function.restype = [_INT, _POINTER] + [_INT] * 4, _INT
+    count = function(fd, _at(to), offset, length, stride, runs)
+    if count < 0:
+        raise OSError(-count, os.strerror(-count))
+    return count
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled file; built unless an earlier process did, None without a compiler that can."""
