@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import os
 import socket
@@ -108,7 +109,7 @@ class Peak:
             self._most = max(self._most, counter("status", "RssAnon"))
 
 
-def load_on_rank(rank: int, ranks: int, port: int, path: Path, order: list[str], out: Path) -> None:
+def load_on_rank(rank: int, ranks: int, port: int, path: Path, size: int, order: list[str], out: Path) -> None:
     """One rank of a round: all sides in turn; the time counts until the slowest rank is done."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
@@ -116,7 +117,10 @@ def load_on_rank(rank: int, ranks: int, port: int, path: Path, order: list[str],
     dist.init_process_group("gloo")
     figures = {}
     for side in order:
+        gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what the side before has freed goes back to the system
+        # Memory that a virtual machine has not used lately costs its host a second a GB: every side finds some that was just used.
+        torch.ones(size // ranks * 3 // 2, dtype=torch.uint8)
         dist.barrier()
         before = counter("io", "rchar")
         with Peak() as peak:
@@ -136,13 +140,13 @@ def load_on_rank(rank: int, ranks: int, port: int, path: Path, order: list[str],
     dist.destroy_process_group()
 
 
-def run_round(ranks: int, path: Path, order: list[str]) -> dict[str, dict[str, float]]:
+def run_round(ranks: int, path: Path, size: int, order: list[str]) -> dict[str, dict[str, float]]:
     """The figures of each side."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.NamedTemporaryFile() as out:
-        mp.start_processes(load_on_rank, (ranks, port, path, order, Path(out.name)), ranks, start_method="spawn")  # type: ignore[arg-type]
+        mp.start_processes(load_on_rank, (ranks, port, path, size, order, Path(out.name)), ranks, start_method="spawn")  # type: ignore[arg-type]
         return json.loads(Path(out.name).read_text())
 
 
@@ -167,7 +171,7 @@ def main() -> None:
             rounds = []
             for number in range(args.rounds):
                 turned = number % len(sides)
-                rounds.append(run_round(ranks, path, sides[turned:] + sides[:turned]))
+                rounds.append(run_round(ranks, path, size, sides[turned:] + sides[:turned]))
             for side in sides:
                 middle = {name: statistics.median(figures[side][name] for figures in rounds) for name in rounds[0][side]}
                 records.append({"ranks": ranks, "side": side, "bytes": size, "rounds": [figures[side] for figures in rounds]})

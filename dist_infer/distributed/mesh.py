@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -211,8 +212,9 @@ class Mesh:
 
 
 # Of the process's default group. torch names a group by its ranks and by how many groups there are, so one that is made again
-# after it was destroyed finds what the first left in the store; and a look between training steps is taken often.
-_groups: dict[tuple[tuple[int, ...], str | None, float], dist.ProcessGroup] = {}
+# after it was destroyed finds what the first left in the store; and a look between training steps is taken often. They live as
+# long as torch keeps them: a group that outlives its threads' time ends the process.
+_groups: WeakValueDictionary[tuple[tuple[int, ...], str | None, float], dist.ProcessGroup] = WeakValueDictionary()
 
 
 def _group(ranks: tuple[int, ...], backend: str | None, timeout_s: float) -> dist.ProcessGroup:
