@@ -59,14 +59,20 @@ def _answer(session: Session, intake: Intake, messages: list[dict[str, str]]) ->
     except ValueError as error:
         say(f"error: {error}")
         return None
-    for event in session.stream(request):
-        if isinstance(event, Delta):
-            sys.stdout.write(event.text)
-            sys.stdout.flush()
-        elif event.error is not None:
-            say(f"error: {event.error}; this turn is dropped (/reset begins anew)")
-            return None
-        else:
+    begun = False
+    try:
+        for event in session.stream(request):
+            if isinstance(event, Delta):
+                sys.stdout.write(event.text)
+                sys.stdout.flush()
+                begun = True
+            elif event.error is not None:
+                say(f"error: {event.error}; this turn is dropped (/reset begins anew)")
+                return None
+            else:
+                begun = True
+                return event.outputs[0].text or ""
+        return None
+    finally:
+        if begun:
             print(flush=True)
-            return event.outputs[0].text or ""
-    return None

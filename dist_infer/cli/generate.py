@@ -46,6 +46,8 @@ def _stream(session: Session, options: Options) -> None:
             requests.append(intake.request(prompt, index=index))
         except ValueError as error:
             terminal.take([], [Result(str(index), index, error=str(error))])
-    session.run(requests, terminal.take)
-    terminal.close()
+    try:
+        session.run(requests, terminal.take)
+    finally:
+        terminal.close()
     say(summary(session))

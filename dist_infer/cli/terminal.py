@@ -38,8 +38,10 @@ class Terminal:
         self._print()
 
     def close(self) -> None:
-        """All results have come."""
+        """No more will come; a line that was begun is ended, so that an error stands on a line of its own."""
         self._print()
+        if self._shown:
+            self.stream.write("\n")
         self.stream.flush()
 
     def _print(self) -> None:

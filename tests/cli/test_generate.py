@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dist_infer.cli.main import main
+from dist_infer.cli.terminal import Terminal
+from dist_infer.engine.engine import Delta
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = f"model.path={ROOT / 'examples/quickstart/run'}"
@@ -148,3 +151,13 @@ def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "dcp, 4 files" in out and "791,680 elements" in out and "every weight of the model is there" in out
     assert out.count("198,208") == 4
+
+
+def test_a_cut_answer_ends_its_line() -> None:
+    """So that the error after it stands on a line of its own."""
+    stream = io.StringIO()
+    terminal = Terminal(stream, ["Hello"])
+    request = SimpleNamespace(index=0)
+    terminal.take([Delta(request, 0, " wor", 5, None)], [])  # type: ignore[arg-type]
+    terminal.close()
+    assert stream.getvalue() == " wor\n"
