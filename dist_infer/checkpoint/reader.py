@@ -262,13 +262,13 @@ class Job:
         flat = self.flat[read.parameter]
         if (
             len(batch.reads) > 1
-            or read.runs > 1
+            or (read.runs > 1 and (batch.span is not None or read.step != read.length))
             or read.spread > 1
             or flat.device.type != "cpu"
             or flat.dtype != getattr(torch, read.dtype)
         ):
             return None
-        return flat[read.destination : read.destination + read.length]
+        return flat[read.destination : read.destination + read.elements]
 
 
 def _fill(fd: int, buffer: memoryview, offset: int, chunk: Chunk) -> None:

@@ -1,7 +1,7 @@
 // The small operations of a decoder layer on CPU, each one pass over memory: residual and norm, rotation and cache write,
 // attention of one-token spans over the paged cache, gated activation; and, for processors that multiply bfloat16 in vectors,
-// matrix products. Beside them, reads of many short runs of a file. `native.py` builds and calls this file; what it computes is what the eager operations beside each call
-// compute. Everything inside is float32.
+// matrix products. Beside them, reads of many short runs of a file. `native.py` builds and calls this file; what it computes is what
+// the eager operations beside each call compute. Everything inside is float32.
 
 #include <cerrno>
 #include <cmath>
