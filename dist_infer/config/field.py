@@ -9,7 +9,14 @@ from functools import cache
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-_WORDS = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), bool: ("true or false", ""), str: ("text", "texts")}
+_WORDS: dict[Any, tuple[str, str]] = {
+    Any: ("a value", "values"),
+    list[Any]: ("a list of values", "lists of values"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", ""),
+    str: ("text", "texts"),
+}
 
 
 def option(
@@ -76,7 +83,9 @@ def _hints(options: type) -> dict[str, Any]:
 
 
 def _is(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the type `hint`: a plain one, a list, a dict, or one of several."""
+    """Whether `value` is of the type `hint`: any, a plain one, a list, a dict, or one of several."""
+    if hint is Any:
+        return True
     kind, inner = get_origin(hint), get_args(hint)
     if kind is list:
         return isinstance(value, list | tuple) and all(_is(part, inner[0]) for part in value)

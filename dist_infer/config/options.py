@@ -18,15 +18,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dist_infer.config.engine import EngineOptions
+from dist_infer.config.eval import EvalOptions
 from dist_infer.config.field import check_ranges, option
 from dist_infer.config.loader import LoaderOptions
 from dist_infer.config.model import ModelOptions
 from dist_infer.config.parallel import ParallelOptions
 from dist_infer.config.sampling import SamplingParams
+from dist_infer.config.sweep import SweepOptions
 
 TEXT_KEYS = ("prompts", "sampling.stop", "system")
 STRINGS = ("str", "str | None")
-NOT_OF_RESULTS = ("prompts", "input", "output", "format", "system")
+MAPPINGS = ("sampling.logit_bias", "eval.gen_kwargs", "sweep.grid")  # what is below these is a value, not an option
+NOT_OF_RESULTS = ("prompts", "input", "output", "status", "format", "system")
 
 
 @dataclass
@@ -38,9 +41,12 @@ class Options:
     engine: EngineOptions = field(default_factory=EngineOptions)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     loader: LoaderOptions = field(default_factory=LoaderOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    sweep: SweepOptions = field(default_factory=SweepOptions)
     prompts: list[str] = option([], "prompts to continue, streamed to the terminal")
     input: str | None = option(None, "JSONL file of requests")
-    output: str | None = option(None, "JSONL file of results; of an export, the directory to be made")
+    output: str | None = option(None, "JSONL file of results; of an export, an eval or a sweep, a directory")
+    status: str | None = option(None, "JSON file that says how the run ended, for scripts")
     format: str = option("safetensors", "what an export writes", choices=("safetensors", "dcp"))
     system: str | None = option(None, "system message of a chat")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
@@ -194,7 +200,7 @@ def _read_yaml(path: str, texts: dict[str, Any]) -> dict[str, Any]:
 def _flat_keys(values: dict[str, Any], prefix: str = "") -> Iterable[str]:
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and name != "sampling.logit_bias":
+        if isinstance(value, dict) and name not in MAPPINGS:
             yield from _flat_keys(value, f"{name}.")
         else:
             yield name

@@ -118,7 +118,7 @@ class Engine:
         """Queue a request; returns its result at once when it cannot be run."""
         problem = self.problem(request)
         if problem is not None:
-            return Result(request.id, request.index, error=problem, seed=request.seed)
+            return Result(request.id, request.index, error=problem, seed=request.seed, key=request.key)
         sequences: list[Sequence] = []
         for index in range(1 if request.score_from is not None else request.params.n or 1):
             sequences.append(self._sequence(request, index, sequences[0] if sequences else None))
@@ -326,7 +326,7 @@ class Engine:
         """End the whole request of `sequence` with an error of its own."""
         request = sequence.request
         self.cancel(request)
-        results.append(Result(request.id, request.index, error=error, seed=request.seed))
+        results.append(Result(request.id, request.index, error=error, seed=request.seed, key=request.key))
 
     def _result(self, group: _Group) -> Result:
         request, first = group.request, group.sequences[0]
@@ -335,7 +335,7 @@ class Engine:
         if first.scored:
             values = [entry.logprob for entry in first.logprobs]
             usage = Usage(len(request.token_ids), 0, first.cached)
-            return Result(request.id, request.index, score=Score(sum(values), first.greedy, values), usage=usage)
+            return Result(request.id, request.index, score=Score(sum(values), first.greedy, values), usage=usage, key=request.key)
         outputs = [
             Output(
                 s.text if self.tokenizer is not None else None,
@@ -346,7 +346,7 @@ class Engine:
             for s in group.sequences
         ]
         seed = request.seed if request.params.seed is None else request.params.seed
-        return Result(request.id, request.index, outputs, usage=usage, seed=seed)
+        return Result(request.id, request.index, outputs, usage=usage, seed=seed, key=request.key)
 
     def _shards(self, answers: list[Tensor], owner: int) -> list[Tensor]:
         """The answers of one fsdp coordinate's tp ranks."""

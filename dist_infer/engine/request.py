@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,6 +23,7 @@ class Request:
         seed: Seed of its noise.
         score_from: First token to score; None to generate.
         index: Its place in the user's list.
+        key: What it is known by in a journal; see `key_for`.
     """
 
     id: str
@@ -29,6 +32,19 @@ class Request:
     seed: int = 0
     score_from: int | None = None
     index: int = 0
+    key: str = ""
+
+    def key_for(self, identity: str, version: str = "") -> str:
+        """Hash of what determines the result.
+
+        Args:
+            identity: The checkpoint's.
+            version: Of the task that asks, when there is one.
+
+        A seed counts if it was given; one that was drawn does not, for its result is as good as any.
+        """
+        what = [identity, version, self.token_ids, asdict(self.params), self.score_from]
+        return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary `from_json` understands."""
@@ -91,6 +107,7 @@ class Result:
     usage: Usage | None = None
     error: str | None = None
     seed: int | None = None
+    key: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary `from_json` understands."""
@@ -107,4 +124,4 @@ class Result:
             outputs.append(Output(output["text"], output["token_ids"], output["finish_reason"], entries))
         score = Score(**data["score"]) if data["score"] else None
         usage = Usage(**data["usage"]) if data["usage"] else None
-        return cls(data["id"], data["index"], outputs, score, usage, data["error"], data["seed"])
+        return cls(data["id"], data["index"], outputs, score, usage, data["error"], data["seed"], data.get("key", ""))
