@@ -62,9 +62,24 @@ def locate(path: str, step: int | None = None) -> Location:
     return Location(found.path, f"took {path} from the local Hugging Face cache")
 
 
+def steps_of(place: Path) -> list[tuple[int, Path]]:
+    """The steps of the run in directory `place`, with their numbers, the first first; none if it is a checkpoint itself."""
+    if is_checkpoint(place):
+        return []
+    for holder in (place, *(place / name for name in _INNER)):
+        if holder.is_dir() and (steps := _steps(holder)):
+            return steps[::-1]
+    return []
+
+
+def step_numbers(place: Path) -> list[int]:
+    """The steps that the name of a checkpoint's directory, or else of the one it lies in, says it is of."""
+    return [int(found[1]) for name in (place.name, place.parent.name) if (found := _STEP.fullmatch(name))]
+
+
 def _is(place: Path, step: int | None) -> Location:
     """The checkpoint that `place` itself is, which must be of `step` if that is given."""
-    numbers = [int(found[1]) for name in (place.name, place.parent.name) if (found := _STEP.fullmatch(name))]
+    numbers = step_numbers(place)
     if step is not None and step not in numbers:
         of = f"of step {numbers[0]}" if numbers else "and not a directory of steps"
         raise ValueError(f"{place}: is a checkpoint itself, {of}; model.step={step} is looked up in a run's directory")

@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
         )
     if options.input is not None:
         job = FileJob(options, lambda intake: intake.line)
-        return run_on_ranks(options, job.run, job.check)
+        return run_on_ranks(options, job.run, job.check, stoppable=True)
     return run_on_ranks(options, lambda session: _stream(session, options), lambda blueprint: _check(blueprint, options))
 
 

@@ -8,20 +8,25 @@ import os
 import sys
 from collections.abc import Sequence
 
+from dist_infer.cli.outcome import FAILURE, MISTAKE, STOPPED, exit_status
+
 COMMANDS = {
     "generate": "continue prompts, on the terminal or from a file",
     "chat": "a conversation in the terminal",
     "score": "how likely continuations are",
+    "eval": "tasks of lm-evaluation-harness on a checkpoint",
+    "sweep": "evaluate many checkpoints on the same tasks, with one report",
     "export": "write a model anew, as transformers and others read it",
+    "report": "results of sweeps and evaluations as one page, plots and a table",
     "inspect": "what a checkpoint is, and what each rank would read and hold",
 }
 HIDDEN = ("worker",)  # started by rank 0, not by people
 
-MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit status: 2 for a user's mistake, 1 for a failure."""
+    """Run the program; returns its exit status: 2 for a user's mistake, 1 for a failure, 75 when a signal stopped it."""
     try:
         status = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
@@ -56,10 +61,9 @@ def _run(arguments: list[str]) -> int:
         return importlib.import_module(f"dist_infer.cli.{command}").run(rest)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError) as error:
-        return _complain(str(error), MISTAKE)
-    except RuntimeError as error:
-        return _complain(str(error), FAILURE)
+    except (ValueError, OSError, RuntimeError) as error:
+        status = exit_status(error)
+        return _complain(f"{error}; the same command goes on from here" if status == STOPPED else str(error), status)
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
 

@@ -4,31 +4,61 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 
+from dist_infer.cli.outcome import Outcome
 from dist_infer.config.options import Options
+from dist_infer.distributed.launch import RankVariables
+from dist_infer.distributed.signals import Stopped, StopSignal
 from dist_infer.engine.blueprint import Blueprint
 from dist_infer.engine.session import Session
+from dist_infer.evaluation.recorder import Recorder
 
 
-def run_on_ranks(options: Options, work: Callable[[Session], None], check: Callable[[Blueprint], None] | None = None) -> int:
+def run_on_ranks(
+    options: Options,
+    work: Callable[[Session], None],
+    check: Callable[[Blueprint], None] | None = None,
+    stoppable: bool = False,
+) -> int:
     """Open a session, run `work` with it on the conductor, and close it in any case.
 
     Args:
         options: What the user set.
         work: What the command is for.
         check: Cheap checks on the conductor, before any rank is started or weight read.
+        stoppable: SIGTERM and SIGUSR1 stop the run between two steps; else they have their usual meaning.
     """
-    session = Session(options, lambda: Blueprint.of(options), say=say, check=check)
+    variables = RankVariables.read()
+    outcome = Outcome(options.status, variables.rank if variables is not None else 0)
+    stop = StopSignal()
+    try:
+        outcome.begin()
+        with stop if stoppable else nullcontext(), Recorder(options.journal) as record:
+            _run(options, work, check, record, stop)
+    except BaseException as error:
+        outcome.end(error)
+        raise
+    outcome.end(None)
+    return 0
+
+
+def _run(
+    options: Options, work: Callable[[Session], None], check: Callable[[Blueprint], None] | None, record: Recorder, stop: StopSignal
+) -> None:
+    session = Session(options, lambda: Blueprint.of(options), say=say, check=check, record=record, stop=stop)
     try:
         if session.is_conductor:
             work(session)
         else:
             session.serve()
+    except Stopped:
+        session.close()
+        raise
     except BaseException as error:
         session.close(error)
         raise
     session.close()
-    return 0
 
 
 def say(line: str) -> None:

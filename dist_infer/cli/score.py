@@ -17,4 +17,4 @@ def run(arguments: Sequence[str]) -> int:
     if options.prompts:
         raise ValueError("prompts belongs to generate; score reads input=FILE.jsonl")
     job = FileJob(options, lambda intake: intake.score_line)
-    return run_on_ranks(options, job.run, job.check)
+    return run_on_ranks(options, job.run, job.check, stoppable=True)

@@ -12,7 +12,13 @@ NOTES = {
     "one of prompt, messages, prompt_token_ids, and may have its own sampling object. A run that was cut continues when started again.",
     "chat": "Type a message; /reset begins anew, /exit or end of input leaves. system=TEXT sets the system message.",
     "score": "input=FILE.jsonl output=FILE.jsonl; a line has context and continuation, or context_token_ids and continuation_token_ids.",
+    "eval": "Needs model.path and eval.tasks=[a,b]; eval.include_path=DIRECTORY finds task files of your own. output=DIRECTORY gets\n"
+    "results.json and samples_TASK.jsonl; a table is printed. sampling.* goes over what tasks say of generation.",
+    "sweep": "dist-infer sweep FILE.yaml output=DIRECTORY: sweep.checkpoints x sweep.grid, each with eval.tasks and sweep.inputs. Each checkpoint is\n"
+    "loaded once; finished requests go to a journal, and the same sweep, started again on any ranks, goes on from there.",
     "export": "Needs model.path and output=DIRECTORY; format=dcp for DCP, model.dtype to convert. parallel.* says how many ranks write.",
+    "report": "Give one or more directories: dist-infer report DIR... [output=FILE.html]; several are compared with the first. One directory\n"
+    "gets DIR/report.html, several get comparison/report.html; plots/*.png and summary.csv go beside the page. No other option matters.",
     "inspect": "Needs model.path only; parallel.* and model.config show the cut for a mesh and whether weights match the model.",
 }
 

@@ -11,4 +11,4 @@ from dist_infer.config.options import Options
 
 def run(arguments: Sequence[str]) -> int:
     """Serve with the options rank 0 passes as JSON."""
-    return run_on_ranks(Options.from_json(json.loads(arguments[0])), lambda session: None)
+    return run_on_ranks(Options.from_json(json.loads(arguments[0])), lambda session: None, stoppable=True)

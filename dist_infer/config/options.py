@@ -29,7 +29,7 @@ from dist_infer.config.sweep import SweepOptions
 TEXT_KEYS = ("prompts", "sampling.stop", "system")
 STRINGS = ("str", "str | None")
 MAPPINGS = ("sampling.logit_bias", "eval.gen_kwargs", "sweep.grid")  # what is below these is a value, not an option
-NOT_OF_RESULTS = ("prompts", "input", "output", "status", "format", "system")
+NOT_OF_RESULTS = ("prompts", "input", "output", "journal", "status", "format", "system", "sweep.")
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Options:
     prompts: list[str] = option([], "prompts to continue, streamed to the terminal")
     input: str | None = option(None, "JSONL file of requests")
     output: str | None = option(None, "JSONL file of results; of an export, an eval or a sweep, a directory")
+    journal: str | None = option(None, "directory where every leader writes down what it finished; of a sweep: OUTPUT/journal")
     status: str | None = option(None, "JSON file that says how the run ended, for scripts")
     format: str = option("safetensors", "what an export writes", choices=("safetensors", "dcp"))
     system: str | None = option(None, "system message of a chat")
@@ -66,7 +67,7 @@ class Options:
     def changed(self) -> dict[str, Any]:
         """What differs from the defaults and can matter to a result, by dotted key."""
         default = _flat_values(Options())
-        return {key: value for key, value in _flat_values(self).items() if value != default[key] and key not in NOT_OF_RESULTS}
+        return {key: value for key, value in _flat_values(self).items() if value != default[key] and not key.startswith(NOT_OF_RESULTS)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Options:

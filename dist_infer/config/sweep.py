@@ -16,3 +16,4 @@ class SweepOptions:
     steps: str | None = option(None, "steps to take: 100,200 or 1000-5000 or 1000-5000:1000")
     inputs: list[str] = option([], "JSONL files of prompts, generated from by every checkpoint")
     grid: dict[str, list[Any]] = option({}, "option to its values, such as {sampling.seed: [1, 2]}: sampling.* and eval.* keys")
+    share: str | None = option(None, "I/N: only every Nth checkpoint, from the one at I on, for job arrays")

@@ -2,40 +2,58 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import select
-import sys
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
+from dist_infer.distributed.clock import OwnClock
 from dist_infer.distributed.collectives import Communicator
+from dist_infer.distributed.heartbeats import Heartbeats, left_key
 from dist_infer.distributed.host import Host
-from dist_infer.distributed.launch import LocalRanks, ending
+from dist_infer.distributed.launch import LocalRanks
+from dist_infer.distributed.logs import console, is_redirected
+from dist_infer.distributed.neighbours import STOPPED, Neighbours, process_state
 
 POLL_S = 0.5  # how often the store is asked for another rank's error
 GRACE_S = 5.0  # for the main thread to leave after a failure
 VERDICT_S = 2.0  # how long a broken connection waits to be told whose death broke it
-BEATS = 5  # heartbeats in the time after which silence is death
 
 FAILURE = "failure"
 
 
 class RankFailure(RuntimeError):
-    """A rank failed; the text names it and its first error."""
+    """A rank failed; the text names it, its host and its first error.
+
+    Attributes:
+        rank: The rank that failed first; -1 if it cannot be told.
+    """
+
+    def __init__(self, text: str, rank: int = -1) -> None:
+        super().__init__(text)
+        self.rank = rank
 
 
 class Watchdog:
-    """Watches the other ranks from a daemon thread, which sleeps unless one of them dies.
+    """Watches the other ranks from two daemon threads, which sleep while all is well.
 
-    A rank of this host is watched through its pidfd, and found dead at once; one of another host by rank 0, through heartbeats
-    in the store. The first failure to reach the store is the world's, whoever else stumbles over it later.
+    The first thread looks. A rank of this host is watched through its pidfd, and found dead at once, and through /proc, for it may be
+    stopped; one of another host by rank 0, through heartbeats in the store. The first failure to reach the store is the world's,
+    whoever else stumbles over it later.
+
+    The second thread watches the first: a store whose host lost power, whose network was cut or whose process is stopped does not
+    refuse an answer, it never gives one, and torch's connection to it waits for ever. So each side of a cut network ends by itself.
+    It also ends the process when its main thread does not leave.
+
+    All limits count the time in which this process ran; what is stopped as a whole (Ctrl-Z) and goes on later has not failed.
 
     Attributes:
         failure: The world's first error, once there is one.
+        last_words: Called with the failure before the process is ended from within.
     """
 
     def __init__(
@@ -54,30 +72,33 @@ class Watchdog:
             rank: This rank.
             hosts: Where each rank runs.
             store: A connection of the watchdog's own: a main thread that waits on another must not block it.
-            heartbeat_s: A rank of another host that is silent for longer is dead.
+            heartbeat_s: A rank that is stopped, or silent on another host, for longer is dead; so is a store that does not answer.
             local_ranks: Ranks this process started, whose exit codes it can tell.
             may_exit: End the process if a rank failed and the main thread does not leave.
             announce: Print the failure as soon as it is known, because a launcher may end this rank before it can say so.
         """
         self.failure: RankFailure | None = None
-        self._rank, self._hosts, self._store = rank, hosts, store
-        self._heartbeat_s, self._local_ranks = heartbeat_s, local_ranks
+        self.last_words: Callable[[RankFailure], None] | None = None
+        self._rank, self._hosts, self._store, self._heartbeat_s = rank, hosts, store, heartbeat_s
         self._may_exit, self._announce = may_exit, announce
         self._communicators: list[Communicator] = []
         self._lock = threading.Lock()
         self._own_error: str | None = None
+        self._looks = 0  # begun and ended; odd while a look is under way
+        self._found: RankFailure | None = None  # by this rank, though perhaps not published yet
         self._decided, self._stopping = threading.Event(), threading.Event()
-        self._beat, self._next_beat = 0, 0.0
-        self._beats: dict[int, tuple[bytes, float]] = {}
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         if store is not None:
+            self._neighbours = Neighbours(rank, hosts, local_ranks)
+            self._heartbeats = Heartbeats(rank, hosts, heartbeat_s)
             self._wake_read, self._wake_write = os.pipe()
-            self._thread = threading.Thread(target=self._run, name="dist_infer watchdog", daemon=True)
+            for run, name in ((self._run, "watchdog"), (self._watch_looks, "watchdog's watchdog")):
+                self._threads.append(threading.Thread(target=run, name=f"dist_infer {name}", daemon=True))
 
     def start(self) -> None:
         """Begin to watch."""
-        if self._thread:
-            self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def guard(self, communicator: Communicator) -> None:
         """Abort `communicator` when a rank fails."""
@@ -98,9 +119,9 @@ class Watchdog:
 
     def report(self, error: BaseException) -> None:
         """Tell the other ranks that this one failed with `error`; the first report wins."""
-        if self._thread is None or not self._thread.is_alive() or self._decided.is_set():
+        if not self._threads or not self._threads[0].is_alive() or self._decided.is_set():
             return
-        self._own_error = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        self._own_error = _one_line(error)
         os.write(self._wake_write, b"!")
         self._decided.wait(VERDICT_S)
 
@@ -111,183 +132,179 @@ class Watchdog:
         connection here first), else `error`, which is published so that the others leave with it.
         Use: `except Exception as error: raise world.watchdog.explain(error)`.
         """
-        if self._thread is None or isinstance(error, RankFailure):
+        if not self._threads or isinstance(error, RankFailure):
             return error
         if _is_broken_connection(error):
             self._decided.wait(VERDICT_S)
         self.report(error)
         first = self.failure
-        return error if first is None or str(first).startswith(f"rank {self._rank} failed") else first
+        return error if first is None or str(first) == str(self._failed()) else first
 
     def stop(self) -> None:
         """Stop watching, before this rank leaves in order."""
-        if self._thread and not self._stopping.is_set():
+        if self._threads and not self._stopping.is_set():
             self._stopping.set()
             os.write(self._wake_write, b"!")
-            if self._thread.is_alive():
-                self._thread.join(GRACE_S)
+            self._decided.set()
+            for thread in self._threads:
+                if thread.is_alive():
+                    thread.join(GRACE_S)
             os.close(self._wake_write)
             os.close(self._wake_read)
 
     def _run(self) -> None:
         store = self._store
         assert store is not None
-        poll = select.poll()
-        poll.register(self._wake_read, select.POLLIN)
-        watched = self._open_pidfds()
-        for descriptor in watched:
+        clock, poll, wait_ms = OwnClock(2 * POLL_S), select.poll(), 0
+        self._neighbours.open()
+        for descriptor in (self._wake_read, *self._neighbours.descriptors):
             poll.register(descriptor, select.POLLIN)
-        dead: set[int] = set()
-        text: str | None = None
-        wait_ms = 0
-        while text is None and not self._stopping.is_set():
+        failure: RankFailure | None = None
+        while failure is None and not self._stopping.is_set() and not self._decided.is_set():
             for descriptor, _ in poll.poll(wait_ms):
                 if descriptor == self._wake_read:
                     os.read(descriptor, 1)
                 else:
                     poll.unregister(descriptor)
-                    dead.add(watched[descriptor])
+                    self._neighbours.dead.add(self._neighbours.descriptors[descriptor])
             wait_ms = int(POLL_S * 1000)
             if self._stopping.is_set():
                 break
+            self._looks += 1
             try:
-                text = self._look(store, dead)
-                if text is not None:
+                failure = self._look(store, clock.read())
+                if failure is not None:
                     mark_left(store, self._rank)  # the failure is known here; the server need not wait for us
             except dist.DistError as error:
-                text = text or self._without_store(dead, error)
-        if text is not None:
-            self._fail(text)
-        for descriptor in watched:
-            os.close(descriptor)
+                failure = failure or self._without_store(error)
+            self._looks += 1
+        if failure is not None:
+            self._settle(failure)
+        self._neighbours.close()
 
-    def _open_pidfds(self) -> dict[int, int]:
-        """Descriptors that become readable when a rank of this host ends, with its rank."""
-        here, watched = self._hosts[self._rank], {}
-        if hasattr(os, "pidfd_open"):
-            for rank, host in enumerate(self._hosts):
-                if rank != self._rank and here.sees(host):
-                    try:
-                        watched[os.pidfd_open(host.pid)] = rank
-                    except ProcessLookupError:
-                        watched[_readable()] = rank
-        return watched
-
-    def _look(self, store: dist.Store, dead: set[int]) -> str | None:
-        """One look at the world: the failure of a rank, in words, or None."""
+    def _look(self, store: dist.Store, now: float) -> RankFailure | None:
+        """One look at the world: the failure of a rank, or None."""
+        stopped = self._neighbours.stopped(now, self._heartbeat_s)
         if store.check([FAILURE]):
-            return _text(store.get(FAILURE))
+            return _read(store.get(FAILURE))
         if self._own_error is not None:
-            return self._publish(store, f"rank {self._rank} failed: {self._own_error}")
-        if self._speaks(dead):
-            for rank in sorted(dead):
-                if not store.check([_left_key(rank)]):
-                    return self._publish(store, self._death(rank))
-        now = time.monotonic()
-        if now >= self._next_beat and len({host.boot_id for host in self._hosts}) > 1:
-            self._next_beat = now + self._heartbeat_s / BEATS
-            self._beat += 1
-            store.set(_beat_key(self._rank), str(self._beat))
-            silent = self._silent(store, now)
-            if silent is not None:
-                place = self._hosts[silent]
-                reason = f"was silent for {self._heartbeat_s:g} s; it, its host or the network to it is gone"
-                return self._publish(store, f"rank {silent} ({place}) {reason}")
+            return self._publish(store, self._failed())
+        if self._neighbours.speaks(self._neighbours.dead):
+            for rank in sorted(self._neighbours.dead):
+                if not store.check([left_key(rank)]):
+                    return self._publish(store, self._of(rank, self._neighbours.death(rank)))
+        if stopped is not None:
+            return self._publish(store, self._of(stopped, self._stopped_words()))
+        silent = self._heartbeats.silent(store, now)
+        if silent is not None:
+            reason = f"was silent for {self._heartbeat_s:g} s; it, its host or the network to it is gone"
+            return self._publish(store, self._of(silent, reason))
         return None
 
-    def _silent(self, store: dist.Store, now: float) -> int | None:
-        """A rank of another host whose heartbeats have stopped. Rank 0 looks at all, the others at rank 0."""
-        here = self._hosts[self._rank]
-        others = range(len(self._hosts)) if self._rank == 0 else (0,)
-        ranks = [rank for rank in others if rank != self._rank and not here.sees(self._hosts[rank])]
-        keys = [_beat_key(rank) for rank in ranks]
-        if not store.check(keys):  # some have not begun; reading would wait for them
-            return None
-        for rank, beat in zip(ranks, store.multi_get(keys), strict=True):
-            last, since = self._beats.get(rank, (b"", now))
-            if beat != last:
-                self._beats[rank] = (beat, now)
-            elif now - since > self._heartbeat_s and not store.check([_left_key(rank)]):
-                return rank
-        return None
+    def _of(self, rank: int, what: str) -> RankFailure:
+        return RankFailure(f"rank {rank} ({self._hosts[rank]}) {what}", rank)
 
-    def _publish(self, store: dist.Store, text: str) -> str:
-        """Put `text` into the store as the first failure; returns the one that is there."""
-        ours = json.dumps({"text": text, "by": self._rank}).encode()
+    def _failed(self) -> RankFailure:
+        return self._of(self._rank, f"failed: {self._own_error}")
+
+    def _stopped_words(self) -> str:
+        return f"was stopped (SIGSTOP or SIGTSTP) for {self._heartbeat_s:g} s and did not go on"
+
+    def _publish(self, store: dist.Store, found: RankFailure) -> RankFailure:
+        """Put a failure into the store as the first one; returns the one that is there."""
+        self._found = found
+        ours = json.dumps({"text": str(found), "rank": found.rank, "by": self._rank}).encode()
         winner = store.compare_set(FAILURE, "", ours.decode())
         if winner == ours and self._announce:
-            _print(text)
-        return _text(winner)
+            _print(str(found))
+        return _read(winner)
 
-    def _speaks(self, dead: set[int]) -> bool:
-        """Whether this is the first rank of its host that lives; rank 0 knows best how the ranks that it started ended."""
-        here = self._hosts[self._rank]
-        return self._rank == min(
-            rank for rank, host in enumerate(self._hosts) if rank == self._rank or (here.sees(host) and rank not in dead)
-        )
+    def _without_store(self, error: Exception) -> RankFailure:
+        """The failure when the store is gone."""
+        if self._found is not None or self._own_error is not None:
+            return self._found or self._failed()
+        dead = self._neighbours.dead
+        if 0 in dead:
+            failure = self._of(0, self._neighbours.death(0))
+        else:
+            failure = self._of(0, f"is gone, or its store is, or the network to it: {_one_line(error)}")
+        self._speak_alone(failure, dead)
+        return failure
 
-    def _without_store(self, dead: set[int], error: Exception) -> str:
-        """The failure when the store cannot say."""
-        if self._own_error is not None:
-            return f"rank {self._rank} failed: {self._own_error}"
-        if 0 not in dead:
-            first = str(error).split("\n", 1)[0]
-            return f"rank 0 ({self._hosts[0]}) is gone, or its store is, or the network to it: {first}"
-        text = self._death(0)
-        if self._speaks(dead):
-            _print(text)
-        return text
+    def _watch_looks(self) -> None:
+        """Decide when a look takes too long, and see that the main thread leaves after a failure."""
+        clock, look, since, stopped = OwnClock(2 * POLL_S), 0, 0.0, False
+        while not self._decided.wait(POLL_S):
+            now = clock.read(standing=self._launcher_stands())
+            if self._looks != look or not look % 2:
+                look, since, stopped = self._looks, now, False
+                continue
+            stopped = stopped or self._neighbours.is_stopped(0)  # another rank may have ended it by the time we decide
+            if now - since > self._heartbeat_s:
+                self._settle(self._mute_store(stopped))
+        if self.failure is not None and not self._stopping.wait(GRACE_S) and self._may_exit:
+            if is_redirected():
+                faulthandler.dump_traceback()  # where it hangs
+            if self.last_words is not None:
+                self.last_words(self.failure)
+            _print(str(self.failure))
+            os._exit(1)
 
-    def _death(self, rank: int) -> str:
-        code = self._local_ranks.poll().get(rank) if self._local_ranks else None
-        how = "died without a word: killed, or out of memory" if code is None else ending(code)
-        return f"rank {rank} ({self._hosts[rank]}) {how}"
+    def _mute_store(self, stopped: bool) -> RankFailure:
+        """The failure when the store has not answered for too long; `stopped` if rank 0 is."""
+        if self._found is not None:
+            return self._found
+        mute = f"or its store cannot be reached for {self._heartbeat_s:g} s; its host or the network to it is gone"
+        failure = self._of(0, self._stopped_words() if stopped else mute)
+        self._speak_alone(failure, self._neighbours.dead | {0})
+        return failure
 
-    def _fail(self, text: str) -> None:
-        """Make the failure known here, and see that the main thread leaves."""
-        failure = RankFailure(text)
+    def _speak_alone(self, failure: RankFailure, gone: set[int]) -> None:
+        """Print a failure that could not be published; rank 0's main thread says its own."""
+        if self._rank != 0 and self.failure is None and self._neighbours.speaks(gone):
+            _print(str(failure))
+
+    def _launcher_stands(self) -> bool:
+        """Whether a launcher that serves the store is stopped, as by Ctrl-Z, and will go on together with its terminal."""
+        parent = os.getppid()
+        return all(host.pid != parent for host in self._hosts) and process_state(parent) == STOPPED
+
+    def _settle(self, failure: RankFailure) -> None:
+        """Make the failure known here; the first one counts."""
         with self._lock:
+            if self.failure is not None:
+                return
             self.failure = failure
             communicators = list(self._communicators)
         self._decided.set()
+        self._neighbours.kill_if_stopped(failure.rank)
         for communicator in communicators:
             communicator.abort(failure)
-        if not self._stopping.wait(GRACE_S) and self._may_exit:
-            _print(text)
-            os._exit(1)
 
 
 def mark_left(store: dist.Store, rank: int) -> None:
     """Say that `rank` leaves in order, so that its end is no failure."""
-    store.set(_left_key(rank), "1")
+    store.set(left_key(rank), "1")
 
 
 def have_left(store: dist.Store, ranks: Sequence[int]) -> bool:
     """Whether all of `ranks` have left in order."""
-    return store.check([_left_key(rank) for rank in ranks])
+    return store.check([left_key(rank) for rank in ranks])
 
 
-def _left_key(rank: int) -> str:
-    return f"left/{rank}"
+def _read(failure: bytes) -> RankFailure:
+    record = json.loads(failure)
+    return RankFailure(record["text"], record["rank"])
 
 
-def _beat_key(rank: int) -> str:
-    return f"beat/{rank}"
-
-
-def _text(failure: bytes) -> str:
-    return json.loads(failure)["text"]
+def _one_line(error: BaseException) -> str:
+    """What an error says, without the stack that torch may append."""
+    text = " ".join(str(error).partition("\nException raised from")[0].split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _print(text: str) -> None:
-    print(f"dist-infer: {text}", file=sys.stderr, flush=True)
-
-
-def _readable() -> int:
-    """A descriptor that is readable at once, in place of the pidfd of a process that is gone."""
-    read, write = os.pipe()
-    os.close(write)
-    return read
+    print(f"dist-infer: {text}", file=console(), flush=True)
 
 
 def _is_broken_connection(error: Exception) -> bool:

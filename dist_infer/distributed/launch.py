@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dist_infer.distributed.logs import console_descriptor
+
 STARTED_BY = "DIST_INFER_STARTED_BY"  # set for ranks that rank 0 started itself: rank 0's pid
 FIRST_RESERVED_STEP = 0xFFFFFFF0  # SLURM numbers its batch, extern and interactive steps from the top
 FIRST_PORT, PORTS = 15000, 16000  # below the range the kernel hands out by itself
@@ -213,8 +215,9 @@ def start_local_ranks(world_size: int, command: Sequence[str], port: int, enviro
     try:
         for rank in range(1, world_size):
             variables = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # What a worker prints must not mix with rank 0's results.
-            processes[rank] = subprocess.Popen(wrapped, env=variables, stdin=subprocess.DEVNULL, stdout=2)
+            # What a worker prints must not mix with rank 0's results, nor go to rank 0's log file.
+            to = console_descriptor()
+            processes[rank] = subprocess.Popen(wrapped, env=variables, stdin=subprocess.DEVNULL, stdout=to, stderr=to)
     except BaseException:
         LocalRanks(processes).stop(0.0)
         raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -70,11 +70,11 @@ class BlockAllocator:
                 else:
                     self._idle[block] = None
 
-    def find(self, hashes: Sequence[bytes]) -> list[int]:
-        """Blocks that hold the longest known prefix of `hashes`; they are not held yet."""
+    def find(self, hashes: Sequence[bytes], filling: Mapping[bytes, int]) -> list[int]:
+        """Blocks of the longest prefix of `hashes` that is known here, or in `filling`; they are not held for the caller yet."""
         found: list[int] = []
         for key in hashes:
-            block = self._block_of.get(key)
+            block = self._block_of.get(key, filling.get(key))
             if block is None:
                 break
             found.append(block)

@@ -167,11 +167,23 @@ class Engine:
                     self._decide(owner, rows, answers, shape, deltas, results)
         return deltas, results
 
-    def run(self, requests: Iterator[Request], sink: Callable[[list[Delta], list[Result]], None]) -> None:
-        """Run all of `requests`, taking more from the iterator whenever there is room, and hand on what comes."""
+    def run(
+        self,
+        requests: Iterator[Request],
+        sink: Callable[[list[Delta], list[Result]], None],
+        stopping: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Run all of `requests`, taking more from the iterator whenever there is room, and hand on what comes.
+
+        `stopping` is asked between steps; when it says anything but None, what is unfinished is forgotten.
+        """
         room = 2 * self.scheduler.options.max_sequences * self.runner.mesh.shape.fsdp
         more = True
         while more or self.busy:
+            if stopping() is not None:
+                for group in list(self._groups.values()):
+                    self.cancel(group.request)
+                return
             refused = []
             while more and self.scheduler.load < room:
                 request = next(requests, None)

@@ -6,19 +6,26 @@ import importlib.metadata
 import platform
 from typing import Any
 
+from dist_infer.engine.blueprint import Blueprint
 from dist_infer.engine.session import Session
 
 
-def provenance(session: Session) -> dict[str, Any]:
-    """What made a result: checkpoint, topology, the options that differ from the defaults, and versions."""
-    checkpoint, shape = session.blueprint.checkpoint, session.mesh.shape
+def provenance(session: Session, blueprint: Blueprint | None = None) -> dict[str, Any]:
+    """What made a result: checkpoint, topology, the options that differ from the defaults, and versions.
+
+    Args:
+        session: The running model.
+        blueprint: Of the checkpoint that was asked, if that is not the one that is loaded.
+    """
+    blueprint = blueprint or session.blueprint
+    checkpoint, shape = blueprint.checkpoint, session.mesh.shape
     return {
         "checkpoint": str(checkpoint.path) if checkpoint is not None else None,
         "identity": checkpoint.identity if checkpoint is not None else None,
-        "content_hash": session.content_hash,
+        "content_hash": session.resident.content_hash if blueprint.checkpoint is session.blueprint.checkpoint else None,
         "topology": {"replicas": shape.replicas, "fsdp": shape.fsdp, "tp": shape.tp, "device": session.world.device.type},
-        "dtype": str(session.blueprint.dtype).removeprefix("torch."),
-        "options": session.options.changed(),
+        "dtype": str(blueprint.dtype).removeprefix("torch."),
+        "options": blueprint.options.changed(),
         "versions": {name: importlib.metadata.version(name) for name in ("dist_infer", "torch", "transformers")}
         | {"python": platform.python_version()},
     }
@@ -32,8 +39,9 @@ def summary(session: Session) -> str:
         f"{_short(session.blueprint.parameters)} parameters",
         f"replicas={shape.replicas} fsdp={shape.fsdp} tp={shape.tp} on {session.world.device.type}",
     ]
-    if session.read_seconds:
-        parts.append(f"read {_bytes(session.read_bytes)} at {session.read_bytes / session.read_seconds / 1e9:.2f} GB/s")
+    read = session.resident
+    if read.read_seconds:
+        parts.append(f"read {_bytes(read.read_bytes)} at {read.read_bytes / read.read_seconds / 1e9:.2f} GB/s")
     if s.prefill_seconds:
         parts.append(f"prefill {s.prefill_tokens / s.prefill_seconds:,.0f} tokens/s")
     if s.decode_seconds:

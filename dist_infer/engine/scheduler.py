@@ -1,7 +1,9 @@
 """Which sequences take part in the next step, with how many tokens, and where.
 
 Continuous batching under one token budget for each fsdp coordinate: running sequences decode first,
-then prompts enter in order of arrival, whole or in chunks. When blocks run out, the youngest
+then prompts enter in order of arrival, whole or in chunks. In every layer the keys and values of a step enter
+the cache before any are read, so sequences that enter together share the blocks of what they have in common,
+which the first of them computes. When blocks run out, the youngest
 sequence of that coordinate goes back to the queue and is computed again later. The oldest is never
 sent back for another, and any sequence fits the pool alone, so every one ends.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dist_infer.config.engine import EngineOptions
@@ -52,6 +54,10 @@ class Entry:
     sequence: Sequence
     length: int
     rows: int
+
+
+# Of each fsdp coordinate the blocks that the step being made fills, by prefix hash.
+Filling = list[dict[bytes, int]]
 
 
 class Scheduler:
@@ -96,8 +102,11 @@ class Scheduler:
         preempted = False
         for owner in range(len(self.allocators)):
             preempted |= self._continue_running(owner, budgets, entries)
-        if not preempted:
-            self._admit_waiting(step, budgets, entries)
+        if self.waiting and not preempted:
+            filling: Filling = [{} for _ in self.allocators]
+            for entry in entries.values():
+                self._fill(entry, filling)
+            self._admit_waiting(step, budgets, entries, filling)
         step.frees, self._frees = self._frees, []
         for entry in entries.values():
             self._describe(step, entry)
@@ -107,13 +116,10 @@ class Scheduler:
         """The step of `entries` was computed: its tokens are in the cache."""
         for entry in entries:
             sequence = entry.sequence
-            first = sequence.computed // self.options.block_size
+            if sequence.owner is not None:
+                for key, block in self._filled(entry):
+                    self.allocators[sequence.owner].publish(block, key)
             sequence.computed += entry.length
-            if self.options.prefix_cache and sequence.owner is not None:
-                full = sequence.computed // self.options.block_size
-                keys = self._hashes(sequence, full)
-                for index in range(first, full):
-                    self.allocators[sequence.owner].publish(sequence.blocks[index], keys[index])
 
     def remove(self, sequence: Sequence) -> None:
         """`sequence` has ended (or is no longer wanted): give back what it holds."""
@@ -151,7 +157,7 @@ class Scheduler:
                 self._enter(sequence, length, budgets, entries)
         return preempted
 
-    def _admit_waiting(self, step: Step, budgets: list[int], entries: dict[Sequence, Entry]) -> None:
+    def _admit_waiting(self, step: Step, budgets: list[int], entries: dict[Sequence, Entry], filling: Filling) -> None:
         """Let waiting sequences in, in order, as long as there is room."""
         held_back: list[Sequence] = []
         while self.waiting:
@@ -160,7 +166,7 @@ class Scheduler:
             if parent is not None and not parent.finished and parent.computed < parent.prompt_len:
                 held_back.append(sequence)  # its prompt is being computed by the parent
                 continue
-            admitted = self._fork(step, sequence, budgets) or self._place(sequence, budgets)
+            admitted = self._fork(step, sequence, budgets) or self._place(sequence, budgets, filling)
             if not admitted:
                 held_back.append(sequence)
                 break
@@ -168,6 +174,7 @@ class Scheduler:
             assert sequence.owner is not None
             length = self._chunk(sequence, budgets[sequence.owner])
             self._enter(sequence, length, budgets, entries)
+            self._fill(entries[sequence], filling)
         self.waiting.extendleft(reversed(held_back))
 
     def _fork(self, step: Step, sequence: Sequence, budgets: list[int]) -> bool:
@@ -192,16 +199,20 @@ class Scheduler:
         sequence.owner = owner
         return True
 
-    def _place(self, sequence: Sequence, budgets: list[int]) -> bool:
+    def _place(self, sequence: Sequence, budgets: list[int], filling: Filling) -> bool:
         """Choose the coordinate where a sequence costs least, and give it blocks for all its tokens' first chunk."""
         sequence.rope_anchor = self.rope.anchor(sequence)
         size = self.options.block_size
         keys = self._hashes(sequence, sequence.first_row // size) if self.options.prefix_cache else []
+        # A scored sequence is soon gone. While no coordinate is idle for long, tokens computed on one are time taken from all:
+        # what is known there is not computed elsewhere too, only to share the load.
+        running_weight = 0 if sequence.scored else RUNNING_WEIGHT
+        weight = len(self.allocators) if sequence.scored or len(self.waiting) >= len(self._slots) else 1
         best: tuple[int, int, list[int]] | None = None
         for owner, allocator in enumerate(self.allocators):
             if len(self.running[owner]) >= self.options.max_sequences:
                 continue
-            found = allocator.find(keys)
+            found = allocator.find(keys, filling[owner])
             missing = sequence.missing - len(found) * size
             started = self.options.max_batch_tokens - budgets[owner]
             if budgets[owner] < 1 or (not self.options.chunked_prefill and missing > budgets[owner] and started):
@@ -209,7 +220,7 @@ class Scheduler:
             wanted = -(-(sequence.computed + sequence.missing) // size) - len(found)
             if wanted > allocator.available - allocator.idle_among(found):
                 continue
-            cost = missing + started + RUNNING_WEIGHT * len(self.running[owner])
+            cost = weight * missing + started + running_weight * len(self.running[owner])
             if best is None or cost < best[0]:
                 best = cost, owner, found
         if best is None:
@@ -245,6 +256,20 @@ class Scheduler:
         budgets[sequence.owner] = max(budgets[sequence.owner] - length, 0)
         end = sequence.computed + length
         entries[sequence] = Entry(sequence, length, max(0, min(length, end - sequence.first_row)))
+
+    def _fill(self, entry: Entry, filling: Filling) -> None:
+        """Let sequences that enter the step after `entry` find the blocks that it fills."""
+        owner = entry.sequence.owner
+        assert owner is not None
+        for key, block in self._filled(entry):
+            filling[owner].setdefault(key, block)
+
+    def _filled(self, entry: Entry) -> Iterator[tuple[bytes, int]]:
+        """Prefix hash and block of all that `entry` fills up with its tokens, when prefixes are cached."""
+        sequence, size = entry.sequence, self.options.block_size
+        first, full = sequence.computed // size, (sequence.computed + entry.length) // size
+        if self.options.prefix_cache and full > first:
+            yield from zip(self._hashes(sequence, full)[first:], sequence.blocks[first:full], strict=True)
 
     def _describe(self, step: Step, entry: Entry) -> None:
         """Write a span, and the blocks its workers do not know yet, into the step."""

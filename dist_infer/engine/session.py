@@ -7,39 +7,32 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple, fields, replace
-from pathlib import Path
+from dataclasses import astuple
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
-from dist_infer.checkpoint.checkpoint import open_checkpoint
-from dist_infer.checkpoint.content import content_hash, hash_weights
-from dist_infer.checkpoint.plan import Read, plan
-from dist_infer.checkpoint.prefetch import Prefetch
-from dist_infer.checkpoint.reader import LoadReport
-from dist_infer.checkpoint.shard import ModelShard
 from dist_infer.config.options import Options
 from dist_infer.distributed.launch import RankVariables
 from dist_infer.distributed.mesh import Mesh, MeshShape, choose_mesh
+from dist_infer.distributed.signals import Stopped, StopSignal
 from dist_infer.distributed.world import World
 from dist_infer.engine.blocks import BlockAllocator
 from dist_infer.engine.blueprint import Blueprint
 from dist_infer.engine.engine import Delta, Engine
 from dist_infer.engine.memory import KVPlan, free_bytes
 from dist_infer.engine.request import Request, Result
+from dist_infer.engine.resident import Resident
 from dist_infer.engine.runner import Runner
 from dist_infer.engine.scheduler import RopeRules, Scheduler
 from dist_infer.engine.shared_work import SharedWork
-from dist_infer.model.native import Kernels, kernels
-from dist_infer.model.weights import describe
 
 Sink = Callable[[list[Delta], list[Result]], None]
+Record = Callable[[list[Result]], None]
 USER_ERRORS = (ValueError, OSError)
-NOT_ARCHITECTURE = ("dtype", "bos_token_id", "eos_token_ids")  # fields of ModelConfig that a swap may change
+COLLECT_S = 0.1  # how often the conductor asks for other replicas' results while its own works
 
 
 class Session:
@@ -56,6 +49,8 @@ class Session:
         say: Prints a line for the user; called on the conductor only.
         check: Further cheap checks, made on the conductor before anything expensive.
         weights: Whole tensors in memory, by canonical name, instead of a checkpoint.
+        record: Called on every leader with the results its own replica finished, as they come.
+        stop: Looked at between steps on every leader; once one has noticed a signal, all stop.
 
     Raises:
         ValueError, OSError: A user's mistake; on every rank the same.
@@ -70,25 +65,25 @@ class Session:
         say: Callable[[str], None] | None = None,
         check: Callable[[Blueprint], None] | None = None,
         weights: Mapping[str, Callable[[], Tensor]] | None = None,
+        record: Record | None = None,
+        stop: StopSignal | None = None,
     ) -> None:
-        self.options = options
         self._alone = RankVariables.read() is None and not dist.is_initialized()
         self.scripted = scripted and not self._alone  # ranks that we start ourselves serve until the end
         self.may_exit = not scripted
         self._say = say or (lambda line: None)
-        self.world, self.blueprint, shape, why = self._meet(blueprint, check)
-        self.content_hash: str | None = None
-        self._ahead: Prefetch | None = None
-        self._lost: str | None = None  # why there are no weights any more
+        self._record = record or (lambda results: None)
+        self._stop = stop or StopSignal()
+        self.world, found, shape, why = self._meet(options, blueprint, check)
         try:
             self.mesh = Mesh(self.world, shape, options.parallel)
             if self.is_conductor:
-                if self.blueprint.checkpoint is not None and self.blueprint.checkpoint.note:
-                    self._say(self.blueprint.checkpoint.note)
-                for warning in self.blueprint.generation.warnings:
+                if found.checkpoint is not None and found.checkpoint.note:
+                    self._say(found.checkpoint.note)
+                for warning in found.generation.warnings:
                     self._say(f"generation_config.json: {warning}")
                 self._say(why)
-            self._load(weights)
+            self._load(found, weights)
         except BaseException as error:
             self._leave(error)
             raise
@@ -98,26 +93,35 @@ class Session:
         """Whether this rank owns the requests."""
         return self.world.rank == 0
 
+    @property
+    def blueprint(self) -> Blueprint:
+        """Of the checkpoint that is loaded now."""
+        return self.resident.blueprint
+
     def run(self, requests: list[Request], sink: Sink) -> None:
         """Run `requests` on all replicas (on the conductor); `sink` gets deltas of its own replica and results of all.
 
         Raises:
+            Stopped: A leader was asked to stop; what is unfinished is forgotten.
             RankFailure: A rank failed.
         """
         assert self.engine is not None
-        self._check_weights()
+        self.resident.check()
         with self._guarded():
             self.engine.resume()
             if self.work is None:
-                self.engine.run(iter(requests), sink)
+                self.engine.run(iter(requests), self._recorded(sink), self._stopping)
             else:
                 self._run_shared(requests, sink)
             self._end_call()
+        stopped_by = self._stopping()
+        if stopped_by is not None:
+            raise Stopped(f"stopped by {stopped_by}")
 
     def stream(self, request: Request) -> Iterator[Delta | Result]:
         """Run one request on the conductor's own replica, handing on every delta; ends with its result."""
         assert self.engine is not None
-        self._check_weights()
+        self.resident.check()
         with self._guarded():
             self.engine.resume()
             if self.work is not None:
@@ -153,7 +157,7 @@ class Session:
                     self.work.finish()
                     continue
                 self.engine.resume()
-                self.engine.run(self.work.take(), lambda _, results: self.work.deliver(results) if self.work else None)
+                self.engine.run(self.work.take(), self._recorded(self._deliver), self._stopping)
                 self._end_call()
                 if self.scripted:
                     return
@@ -170,7 +174,7 @@ class Session:
         """
         if self.engine is not None and self.engine.busy:
             raise ValueError(f"swap to {path}: a request is still running; finish or close its stream first")
-        self._check_weights()
+        self.resident.check()
         path = os.path.abspath(path) if os.path.exists(path) else path
         if not self.scripted:
             assert self.engine is not None
@@ -188,26 +192,16 @@ class Session:
 
         Called as `swap` is: ranks that this process started are on its host, so it reads for all of them.
         """
-        if self._ahead is not None:
-            self._ahead.stop()
-        shape, at = self.mesh.shape, self.mesh.coordinates
-
-        def reads() -> tuple[Path, list[Read]]:
-            successor = self._successor(path)
-            checkpoint, config = successor.checkpoint, successor.config
-            assert checkpoint is not None
-            weights, fsdp, coordinate = (self.shard.weights, shape.fsdp, at.fsdp) if self.scripted else (list(describe(config)), 1, 0)
-            return checkpoint.source.root, plan(weights, fsdp, coordinate, checkpoint.index, checkpoint.dialect, config)
-
-        self._ahead = Prefetch(os.path.abspath(path) if os.path.exists(path) else path, reads)
+        self.resident.prefetch(path, whole=not self.scripted)
 
     def close(self, error: BaseException | None = None) -> None:
         """End the session; every rank calls this. With `error` the workers leave with it."""
         self._leave(error)
 
-    def _meet(self, make: Callable[[], Blueprint], check: Callable[[Blueprint], None] | None) -> tuple[World, Blueprint, MeshShape, str]:
+    def _meet(
+        self, options: Options, make: Callable[[], Blueprint], check: Callable[[Blueprint], None] | None
+    ) -> tuple[World, Blueprint, MeshShape, str]:
         """Check all that is cheap and meet the other ranks, in whichever order lets everyone hear of a mistake."""
-        options = self.options
         found: tuple[Blueprint, MeshShape, str] | None = None
         size, command = None, None
         if self._alone:
@@ -220,15 +214,18 @@ class Session:
                 found = found or self._check(make, check, world.size, world.local_size, conductor=world.rank == 0)
             except USER_ERRORS as mistake:
                 error = str(mistake)
-            checked = world.exchange("checks", [error, astuple(found[1]) if found else None])
+            identity = found[0].checkpoint.identity if found is not None and found[0].checkpoint is not None else None
+            checked = world.exchange("checks", [error, astuple(found[1]) if found else None, identity])
         except BaseException:
             world.close(failed=True)
             raise
-        wrong = next(((rank, text) for rank, (text, _) in enumerate(checked) if text is not None), None)
+        wrong = next((text if rank == 0 else f"rank {rank}: {text}" for rank, (text, _, _) in enumerate(checked) if text is not None), None)
+        if wrong is None:
+            other = next((rank for rank, (_, _, there) in enumerate(checked) if there != checked[0][2]), None)
+            wrong = f"rank {other} finds another checkpoint than rank 0 does: is their file system the same?" if other is not None else None
         if wrong is not None:
             world.close()
-            rank, text = wrong
-            raise ValueError(text if rank == 0 else f"rank {rank}: {text}")
+            raise ValueError(wrong)
         assert found is not None
         # Free memory, which a mesh may depend on, differs from rank to rank: rank 0's choice counts.
         return world, found[0], MeshShape(*checked[0][1]), found[2]
@@ -249,7 +246,7 @@ class Session:
         return blueprint, shape, why
 
     def _shape(self, blueprint: Blueprint, world_size: int | None, ranks_per_node: int) -> tuple[MeshShape, str]:
-        options = self.options
+        options = blueprint.options
         model_bytes = blueprint.parameters * blueprint.dtype.itemsize
         on_gpu = options.device != "cpu" and torch.cuda.is_available()
         device = torch.device("cuda" if on_gpu else "cpu")
@@ -266,146 +263,45 @@ class Session:
         return shape, why
 
     def _plan_kv(self, blueprint: Blueprint, shape: MeshShape, free: int) -> KVPlan:
-        return KVPlan.make(blueprint.config, shape.tp, shape.fsdp, blueprint.dtype, self.options.engine, blueprint.max_model_len, free)
+        engine, longest = blueprint.options.engine, blueprint.max_model_len
+        return KVPlan.make(blueprint.config, shape.tp, shape.fsdp, blueprint.dtype, engine, longest, free)
 
-    def _load(self, weights: Mapping[str, Callable[[], Tensor]] | None) -> None:
+    def _load(self, blueprint: Blueprint, weights: Mapping[str, Callable[[], Tensor]] | None) -> None:
         """Weights, KV cache, and on the leader the engine."""
-        blueprint, options, device = self.blueprint, self.options, self.world.device
-        if weights is None:
-            self.content_hash = self._verify(blueprint)
-        self.shard = shard = ModelShard(blueprint.config, self.mesh, blueprint.dtype, device)
-        shard.decoder.use(self._kernels())  # before weights are packed: some are packed for them
-        self.read_bytes, self.read_seconds = 0, 0.0
-        if weights is None:
-            self._read(blueprint, shard.load)
-        else:
-            shard.take(weights)
-            self._pack()
+        options, device = blueprint.options, self.world.device
+        self.resident = Resident(blueprint, self.world, self.mesh, weights)
+        decoder = self.resident.shard.decoder
         free = min(self.world.exchange("free memory", free_bytes(device, self.world.local_size)))
         plan = self._plan_kv(blueprint, self.mesh.shape, free)
         if self.is_conductor:
             self._say(plan.note)
             if plan.max_model_len < blueprint.max_model_len:
                 self._say(f"sequences are limited to {plan.max_model_len:,} tokens by memory; the model takes {blueprint.max_model_len:,}")
-        cache = shard.decoder.new_cache(plan.blocks, options.engine.block_size)
-        self.runner = Runner(self.mesh, shard.decoder, cache, options.engine, plan.max_model_len)
+        cache = decoder.new_cache(plan.blocks, options.engine.block_size)
+        self.runner = Runner(self.mesh, decoder, cache, options.engine, plan.max_model_len)
         self.engine: Engine | None = None
         self.work: SharedWork | None = None
         if self.mesh.is_leader:
-            self.engine = self._make_engine(plan)
+            self.engine = self._make_engine(blueprint, plan)
             if not self.scripted:
                 self.engine.resume()  # workers serve from now on
             if self.mesh.shape.replicas > 1:
                 assert self.world.store is not None
                 self.work = SharedWork(self.world.store, self.mesh.shape.replicas, self.world.watchdog.check)
 
-    def _read(self, blueprint: Blueprint, load: Callable[..., LoadReport]) -> None:
-        """Fill the shard by its method `load` from the blueprint's checkpoint."""
-        began = time.perf_counter()
-        with self._progress(blueprint, self.shard.elements, "loading") as bar:
-            report = load(blueprint.checkpoint, self.options.loader, bar.update)
-        self._pack()
-        # The slowest rank's time counts for all.
-        loads = self.world.exchange("loaded", [report.bytes_requested, time.perf_counter() - began])
-        self.read_bytes, self.read_seconds = sum(load[0] for load in loads), max(load[1] for load in loads)
-
-    def _pack(self) -> None:
-        if self.options.engine.pack_weights:
-            self.shard.pack()
-
-    def _verify(self, blueprint: Blueprint) -> str | None:
-        """With loader.verify=full the hash of all weights, each read and checked on one of the ranks.
-
-        Raises:
-            ValueError: A rank found damage; the same on every rank.
-        """
-        checkpoint, config, options = blueprint.checkpoint, blueprint.config, self.options.loader
-        if options.verify != "full":
-            return None
-        assert checkpoint is not None
-        hashes, error = {}, None
-        try:
-            with self._progress(blueprint, blueprint.parameters // self.world.size, "verifying") as bar:
-                hashes = hash_weights(checkpoint, config, self.world.rank, self.world.size, options.threads, bar.update)
-        except USER_ERRORS as mistake:
-            error = str(mistake)
-        found = self.world.exchange("content", [error, hashes])
-        wrong = next((text for text, _ in found if text is not None), None)
-        if wrong is not None:
-            raise ValueError(wrong)
-        return content_hash(checkpoint, config, {name: digest for _, part in found for name, digest in part.items()})
-
     def _swap(self, path: str) -> str | None:
         """This rank's part of a swap; returns why it is refused, the same on every rank."""
-        successor, error = None, None
-        try:
-            self._end_prefetch(path)
-            successor = self._successor(path)
-        except USER_ERRORS as mistake:
-            error = str(mistake)
         with self._guarded():
-            wrong = next((text for text in self.world.exchange("swap", error) if text is not None), None)
-            content = None
-            if wrong is None:
-                assert successor is not None
-                try:
-                    content = self._verify(successor)
-                except ValueError as mistake:
-                    wrong = str(mistake)
-            if wrong is None:
-                assert successor is not None
-                self._lost = f"the weights were lost when {path} could not be loaded"
-                self._read(successor, self.shard.refill)
-                self._lost = None
-                self.blueprint, self.options, self.content_hash = successor, successor.options, content
-                if self.engine is not None:
+            wrong = self.resident.swap(path)
+            if self.engine is not None:
+                if wrong is None:
                     self.engine.forget_prefixes()
-            if self.engine is not None and not self.scripted:
-                self.engine.resume()
+                if not self.scripted:
+                    self.engine.resume()
         return wrong
 
-    def _successor(self, path: str) -> Blueprint:
-        """The blueprint with the checkpoint at `path`; all that can be known before its weights are read is checked.
-
-        Raises:
-            FileNotFoundError: The checkpoint or its configuration is not there.
-            ValueError: It is damaged, or not of this architecture.
-        """
-        blueprint = self.blueprint
-        options = replace(self.options, model=replace(self.options.model, path=path, step=None))
-        checkpoint = open_checkpoint(path, options.model.dialect, config=options.model.config)
-        config = checkpoint.config(options.model.config)
-        for name in (item.name for item in fields(config) if item.name not in NOT_ARCHITECTURE):
-            ours, theirs = getattr(blueprint.config, name), getattr(config, name)
-            if ours != theirs:
-                raise ValueError(f"swap to {path}: {name} is {theirs} there and {ours} in the running model; load it as a new one")
-        checkpoint.match(blueprint.config)
-        tokenizer = vars(blueprint).get("tokenizer", blueprint.given_tokenizer)  # the one that was read stays
-        return replace(blueprint, options=options, checkpoint=checkpoint, given_tokenizer=tokenizer)
-
-    def _end_prefetch(self, path: str) -> None:
-        """End the prefetch there may be.
-
-        Raises:
-            ValueError: It was for `path`, and something went wrong in it.
-        """
-        ahead, self._ahead = self._ahead, None
-        error = ahead.stop() if ahead is not None else None
-        if ahead is not None and error is not None and ahead.path == path:
-            raise ValueError(str(error)) from error
-
-    def _check_weights(self) -> None:
-        if self._lost is not None:
-            raise RuntimeError(self._lost)
-
-    def _kernels(self) -> Kernels | None:
-        """The compiled kernels, if every rank has them: what all hold alike must be computed alike."""
-        wanted = self.options.engine.native_kernels and self.world.device.type == "cpu"
-        found = kernels(self.blueprint.dtype) if wanted else None
-        return found if all(self.world.exchange("native kernels", found is not None)) else None
-
-    def _make_engine(self, plan: KVPlan) -> Engine:
-        blueprint, limits, rotary = self.blueprint, self.options.engine, self.runner.decoder.rotary
+    def _make_engine(self, blueprint: Blueprint, plan: KVPlan) -> Engine:
+        limits, rotary = blueprint.options.engine, self.runner.decoder.rotary
         allocators = [BlockAllocator(plan.blocks, limits.block_size, limits.prefix_cache) for _ in range(self.mesh.shape.fsdp)]
         rope = RopeRules(rotary.regime, rotary.threshold if rotary.type == "longrope" else None)
         return Engine(
@@ -415,15 +311,27 @@ class Session:
             plan.max_model_len,
             blueprint.eos_ids,
             blueprint.tokenizer,
-            self.options.parallel.timeout_s / 4,
+            blueprint.options.parallel.timeout_s / 4,
         )
 
-    def _progress(self, blueprint: Blueprint, total_elements: int, what: str) -> tqdm:
-        checkpoint = blueprint.checkpoint
-        assert checkpoint is not None
-        size = getattr(torch, checkpoint.dtype(blueprint.config)).itemsize
-        hidden = not (self.is_conductor and sys.stderr.isatty())
-        return tqdm(total=total_elements * size, desc=what, unit="B", unit_scale=True, disable=hidden, leave=False)
+    def _recorded(self, sink: Sink) -> Sink:
+        """`sink`, and the record of this replica's results before it."""
+
+        def both(deltas: list[Delta], results: list[Result]) -> None:
+            if results:
+                self._record(results)
+            sink(deltas, results)
+
+        return both
+
+    def _deliver(self, deltas: list[Delta], results: list[Result]) -> None:
+        """Hand results to the conductor (on other leaders)."""
+        assert self.work is not None
+        self.work.deliver(results)
+
+    def _stopping(self) -> str | None:
+        """The signal that some leader has noticed, if one has."""
+        return self.work.stopping(self._stop.name) if self.work is not None else self._stop.name
 
     def _run_shared(self, requests: list[Request], sink: Sink) -> None:
         """Share `requests` with the other replicas; their results come through the store."""
@@ -433,15 +341,17 @@ class Session:
 
         def counted(deltas: list[Delta], results: list[Result]) -> None:
             nonlocal left, last
-            if time.monotonic() - last > 0.1:
+            if results:
+                self._record(results)
+            if time.monotonic() - last > COLLECT_S:
                 last = time.monotonic()
                 results = [*results, *work.collect()]
             left -= len(results)
             sink(deltas, results)
 
         work.publish(requests)
-        self.engine.run(work.take(), counted)
-        while left:
+        self.engine.run(work.take(), counted, self._stopping)
+        while left and self._stopping() is None:
             collected = work.collect()
             left -= len(collected)
             sink([], collected)
@@ -461,8 +371,8 @@ class Session:
 
     def _leave(self, error: BaseException | None) -> None:
         """Leave the world, telling workers why when something went wrong."""
-        if self._ahead is not None:
-            self._ahead.stop()
+        if hasattr(self, "resident"):
+            self.resident.end_prefetch()
         failed = error is not None or self.world.watchdog.failure is not None
         engine = getattr(self, "engine", None)
         if engine is not None and self.world.watchdog.failure is None:

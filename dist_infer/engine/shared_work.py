@@ -2,6 +2,7 @@
 
 The conductor publishes the pieces of a call; every leader, the conductor's own engine included,
 takes pieces by an atomic counter and delivers results as they come; the conductor collects them.
+A leader that is asked to stop says so there, and all stop.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from dist_infer.engine.pieces import pieces
 from dist_infer.engine.request import Request, Result
 
 POLL_S = 0.02
-PIECES_PER_LEADER = 8  # small pieces keep the tail short
+LISTEN_S = 0.2  # how often a leader looks whether another was asked to stop
+STOP = "work/stop"
 
 
 class SharedWork:
@@ -32,16 +35,16 @@ class SharedWork:
         self.store, self.leaders, self.check = store, leaders, check
         self.call = 0
         self._collected = 0
+        self._stopped_by: str | None = None
+        self._listened = 0.0
 
     def publish(self, requests: list[Request]) -> int:
         """Begin a call with `requests` (on the conductor); returns how many pieces they make."""
-        size = max(1, min(16, len(requests) // (self.leaders * PIECES_PER_LEADER)))
-        pieces = [requests[at : at + size] for at in range(0, len(requests), size)]
-        self._collected = 0
-        for number, piece in enumerate(pieces):
-            self.store.set(self._key("piece", number), json.dumps([request.to_json() for request in piece]))
-        self.store.set(self._key("pieces"), str(len(pieces)))
-        return len(pieces)
+        self._collected = count = 0
+        for count, piece in enumerate(pieces(requests, self.leaders), 1):
+            self.store.set(self._key("piece", count - 1), json.dumps([request.to_json() for request in piece]))
+        self.store.set(self._key("pieces"), str(count))
+        return count
 
     def await_call(self) -> bool:
         """Wait for the conductor to begin the next call; False when there will be none."""
@@ -63,8 +66,8 @@ class SharedWork:
 
     def take(self) -> Iterator[Request]:
         """The requests of this call that fall to this leader."""
-        pieces = int(self.store.get(self._key("pieces")))
-        while (number := self.store.add(self._key("next"), 1) - 1) < pieces:
+        count = int(self.store.get(self._key("pieces")))
+        while (number := self.store.add(self._key("next"), 1) - 1) < count:
             key = self._key("piece", number)
             piece = json.loads(self.store.get(key))
             self.store.delete_key(key)
@@ -85,6 +88,16 @@ class SharedWork:
             self.store.delete_key(key)
             self._collected += 1
         return results
+
+    def stopping(self, signal: str | None) -> str | None:
+        """The signal that stops the work, noticed by this leader (`signal`) or by another; None while there is none."""
+        if self._stopped_by is None and signal is not None:
+            self._stopped_by = signal
+            self.store.set(STOP, signal)
+        elif self._stopped_by is None and time.monotonic() - self._listened > LISTEN_S:
+            self._listened = time.monotonic()
+            self._stopped_by = self.store.get(STOP).decode() if self.store.check([STOP]) else None
+        return self._stopped_by
 
     def finish(self) -> None:
         """The call is over on this leader."""

@@ -1,4 +1,8 @@
-"""A program that nobody launched: it becomes rank 0 and starts itself twice more. `sum` ends, `loop` goes on until a rank is killed."""
+"""A program that nobody launched: it becomes rank 0 and starts itself twice more.
+
+`alone.py MODE [heartbeat_s [timeout_s]]`: `sum` ends, `loop` goes on until something happens to a rank, in the other modes rank 2
+does what they say.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +18,22 @@ from dist_infer.distributed.mesh import Mesh, MeshShape
 from dist_infer.distributed.world import World
 
 
-def main(mode: str) -> None:
+def main(mode: str, heartbeat_s: float = 10.0, timeout_s: float = 60.0) -> None:
     """Join, say who is there, and add ones."""
     size = None if "RANK" in os.environ else 3
     if mode == "broken" and size is None:
         sys.exit(3)
-    world = World.join(ParallelOptions(timeout_s=60), "cpu", size, [sys.executable, __file__, mode])
+    parallel = ParallelOptions(timeout_s=timeout_s, heartbeat_s=heartbeat_s)
+    world = World.join(parallel, "cpu", size, [sys.executable, __file__, *sys.argv[1:]])
     try:
-        mesh = Mesh(world, MeshShape(1, 1, 3), ParallelOptions())
+        mesh = Mesh(world, MeshShape(1, 1, world.size), parallel)
         total = mesh.tp.all_reduce(torch.ones(1)).item()
         if world.rank == 0:
             print(json.dumps({"total": total, "pids": [host.pid for host in world.hosts]}), flush=True)
-        while mode == "loop":
+        if world.rank == 2:
+            misbehave(mode)
+        while mode != "sum":
             mesh.tp.all_reduce(torch.ones(1))
-        if mode == "raise" and world.rank == 2:
-            raise ValueError("rank two has had enough")
         mesh.tp.barrier()
         mesh.close()
     except Exception as error:
@@ -40,5 +45,17 @@ def main(mode: str) -> None:
     world.close()
 
 
+def misbehave(mode: str) -> None:
+    """What rank 2 does."""
+    if mode == "raise":
+        raise ValueError("rank two has had enough")
+    if mode == "python_memory":
+        bytearray(1 << 60)
+    if mode == "tensor_memory":
+        torch.empty(1 << 58, dtype=torch.uint8)
+    while mode == "hang":
+        pass
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], *map(float, sys.argv[2:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -22,25 +23,30 @@ from dist_infer.distributed.health import RankFailure, Watchdog
 from dist_infer.distributed.host import Host
 from dist_infer.distributed.mesh import Mesh, MeshShape
 from dist_infer.distributed.world import World
+from tests.distributed.test_launch import assert_gone, start_alone
 from tests.ranks import PRELOAD, Ranks
 
 HERE = Host.here(torch.device("cpu"))
 
 
-def launched(rank: int, size: int, port: int, errors: str, kind: str, ready: Connection) -> None:
+def launched(rank: int, size: int, port: int, directory: str, kind: str, ready: Connection) -> None:
     """A rank as a launcher that serves the store itself would start it."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     os.environ.pop("SLURM_STEP_ID", None)
     torch.set_num_threads(1)
-    sys.stderr = Path(errors).open("a")  # noqa: SIM115  # as long as the process
-    world = World.join(ParallelOptions(timeout_s=60), "cpu")
+    sys.stderr = Path(directory, str(rank)).open("a")  # noqa: SIM115  # as long as the process
+    world = World.join(ParallelOptions(timeout_s=60, heartbeat_s=1.5), "cpu")
+    rounds = os.open(Path(directory, "rounds"), os.O_CREAT | os.O_RDWR)
     mesh = Mesh(world, MeshShape(1, 1, size), ParallelOptions(collectives="process_group" if kind == "process_group" else "shared_memory"))
     mesh.tp.barrier()
     ready.send(True)
+    rounds_done = 0
     try:
         while kind != "stuck":
             mesh.tp.all_reduce(torch.ones(8))
+            if rank == 0:
+                os.pwrite(rounds, str(rounds_done := rounds_done + 1).encode(), 0)
         while True:
             signal.pause()
     except Exception as error:
@@ -57,10 +63,10 @@ class Launched:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         self.store: dist.TCPStore | None = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.errors = [directory / str(rank) for rank in range(3)]
+        self.directory = directory
         pipes = [context.Pipe(duplex=False) for _ in range(3)]
         self.processes = [
-            context.Process(target=launched, args=(rank, 3, self.store.port, str(self.errors[rank]), kind, pipes[rank][1]), daemon=True)
+            context.Process(target=launched, args=(rank, 3, self.store.port, str(directory), kind, pipes[rank][1]), daemon=True)
             for rank in range(3)
         ]
         for process in self.processes:
@@ -78,8 +84,19 @@ class Launched:
             process.kill()
         return codes
 
+    def rounds(self) -> int:
+        """Collectives so far."""
+        return int((self.directory / "rounds").read_text() or 0)
+
+    def await_rounds(self) -> None:
+        """Until there were more."""
+        before, deadline = self.rounds(), time.monotonic() + 30
+        while self.rounds() <= before:
+            assert time.monotonic() < deadline, "the ranks do not go on"
+            time.sleep(0.02)
+
     def said(self, rank: int) -> list[str]:
-        return self.errors[rank].read_text().splitlines()
+        return (self.directory / str(rank)).read_text().splitlines()
 
 
 @pytest.mark.parametrize("kind", ["shared_memory", "process_group", "stuck"])
@@ -94,6 +111,66 @@ def test_killed_rank_is_named(kind: str, tmp_path: Path) -> None:
         assert f"rank 1 (host {HERE.name}, pid {pid}) died without a word" in world.said(rank)[-1]
     announced = [line for rank in (0, 2) for line in world.said(rank) if line.startswith("dist-infer: rank 1")]
     assert len(announced) == (3 if kind == "stuck" else 1)  # at once by one of them; by both before they exit stuck
+
+
+@pytest.mark.parametrize(("kind", "victim"), [("shared_memory", 0), ("process_group", 1)])
+def test_stopped_rank_is_named_and_killed(kind: str, victim: int, tmp_path: Path) -> None:
+    world = Launched(kind, tmp_path)
+    pid = world.processes[victim].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    codes = world.exit_codes()
+    assert codes.pop(victim) == -signal.SIGKILL
+    assert codes == [7, 7]
+    for rank in {0, 1, 2} - {victim}:
+        assert f"rank {victim} (host {HERE.name}, pid {pid}) was stopped (SIGSTOP or SIGTSTP) for 1.5 s" in world.said(rank)[-1]
+
+
+def test_a_pause_of_all_is_no_failure(tmp_path: Path) -> None:
+    """As Ctrl-Z and fg do, the ranks before the launcher and after."""
+    world = Launched("shared_memory", tmp_path)
+    world.await_rounds()
+    for process in world.processes:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(3.0)  # the pause is what is tested
+    for process in world.processes:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGCONT)
+    world.await_rounds()
+    time.sleep(1.0)  # twice what a watchdog takes between two looks
+    world.await_rounds()
+    for process in world.processes:
+        process.kill()
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_stopped_rank_of_our_own_leaves_nothing(victim: int) -> None:
+    process = start_alone("loop", "1")
+    assert process.stdout is not None
+    pids = json.loads(process.stdout.readline())["pids"]
+    os.kill(pids[victim], signal.SIGSTOP)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == (-signal.SIGKILL if victim == 0 else 1)
+    assert f"rank {victim} (host {HERE.name}, pid {pids[victim]}) was stopped" in err.strip().splitlines()[-1]
+    assert_gone(pids)
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("python_memory", "failed: MemoryError"),
+        ("tensor_memory", "memory"),
+        ("hang", "rank 2 did not come to a collective within parallel.timeout_s=1 s"),
+    ],
+)
+def test_a_rank_without_memory_or_end_is_named(mode: str, said: str) -> None:
+    process = start_alone(mode, "10", "1")
+    out, err = process.communicate(timeout=60)
+    last, pids = err.strip().splitlines()[-1], json.loads(out)["pids"]
+    assert process.returncode == 1
+    assert said in last and "rank 2" in last
+    assert_gone(pids)
 
 
 def test_lost_store_is_named(tmp_path: Path) -> None:
@@ -128,7 +205,7 @@ def check_stops_waiting() -> None:
         if world.rank == 1:
             world.watchdog.report(ValueError("no"))
             return
-        with pytest.raises(RankFailure, match="rank 1 failed: ValueError: no"):
+        with pytest.raises(RankFailure, match=r"rank 1 \(host .*, pid \d+\) failed: ValueError: no"):
             world.exchange("never", None)
         world.watchdog.check()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import select
 import signal
 import subprocess
@@ -99,11 +100,11 @@ def test_local_ranks_that_do_not_end_are_killed() -> None:
     assert local.poll() == {1: -signal.SIGKILL}
 
 
-def start_alone(mode: str) -> subprocess.Popen[str]:
+def start_alone(*arguments: str) -> subprocess.Popen[str]:
     program = Path(__file__).with_name("alone.py")
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RANK"))}
     environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(program.parents[2])}
-    return subprocess.Popen([sys.executable, program, mode], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, program, *arguments], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def assert_gone(pids: list[int]) -> None:
@@ -145,8 +146,10 @@ def test_error_of_a_worker_is_the_last_line() -> None:
     process = start_alone("raise")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert err.strip().splitlines()[-1] == "failed: rank 2 failed: ValueError: rank two has had enough"
-    assert_gone(json.loads(out)["pids"])
+    pids = json.loads(out)["pids"]
+    last = err.strip().splitlines()[-1]
+    assert last == f"failed: rank 2 (host {platform.node()}, pid {pids[2]}) failed: ValueError: rank two has had enough"
+    assert_gone(pids)
 
 
 def test_worker_that_cannot_start_is_named() -> None:

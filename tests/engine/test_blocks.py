@@ -56,9 +56,9 @@ def test_a_shared_block_is_free_when_its_last_holder_lets_go() -> None:
 def test_a_prefix_is_found_up_to_the_first_unknown_block() -> None:
     allocator = BlockAllocator(6, 16, prefix_cache=True)
     blocks = cached(allocator, 3)
-    assert allocator.find(KEYS) == blocks
-    assert allocator.find([KEYS[0], KEYS[5], KEYS[1]]) == blocks[:1]
-    assert allocator.find(KEYS[1:]) == blocks[1:]  # a key says all that came before it
+    assert allocator.find(KEYS, {}) == blocks
+    assert allocator.find([KEYS[0], KEYS[5], KEYS[1]], {}) == blocks[:1]
+    assert allocator.find(KEYS[1:], {}) == blocks[1:]  # a key says all that came before it
     assert allocator.idle_among(blocks) == 3
     allocator.share(blocks[:2])
     assert allocator.idle_among(blocks) == 1
@@ -70,9 +70,9 @@ def test_idle_blocks_go_last_and_the_end_of_a_prefix_before_its_beginning() -> N
     first, second, third = cached(allocator, 3)
     assert allocator.available == 5
     assert allocator.take(3) == [4, 5, third]
-    assert allocator.find(KEYS) == [first, second]
+    assert allocator.find(KEYS, {}) == [first, second]
     assert allocator.take(1) == [second]
-    assert allocator.find(KEYS) == [first]
+    assert allocator.find(KEYS, {}) == [first]
     allocator.check([[4, 5, third, second]])
 
 
@@ -94,8 +94,8 @@ def test_the_first_block_with_some_tokens_stays_the_one_that_is_found() -> None:
     allocator.publish(first, KEYS[0])
     allocator.publish(second, KEYS[0])
     allocator.publish(first, KEYS[1])
-    assert allocator.find([KEYS[0]]) == [first]
-    assert allocator.find([KEYS[1]]) == []
+    assert allocator.find([KEYS[0]], {}) == [first]
+    assert allocator.find([KEYS[1]], {}) == []
     allocator.release([first, second])
     allocator.check([])
     assert allocator.take(3) == [second, 3, first]
@@ -104,7 +104,7 @@ def test_the_first_block_with_some_tokens_stays_the_one_that_is_found() -> None:
 def test_without_a_prefix_cache_nothing_is_found() -> None:
     allocator = BlockAllocator(4, 16, prefix_cache=False)
     cached(allocator, 3)
-    assert allocator.find(KEYS) == []
+    assert allocator.find(KEYS, {}) == []
 
 
 def test_new_weights_forget_every_prefix() -> None:
@@ -113,7 +113,7 @@ def test_new_weights_forget_every_prefix() -> None:
     allocator.publish(held[0], KEYS[7])
     cached(allocator, 3)
     allocator.flush()
-    assert allocator.find(KEYS) == allocator.find(KEYS[7:]) == []
+    assert allocator.find(KEYS, {}) == allocator.find(KEYS[7:], {}) == []
     assert allocator.available == 4
     allocator.check([held])
     allocator.release(held)

@@ -99,14 +99,19 @@ class Workers:
             assert t.first == len(self.table[t.slot]) and 0 not in t.blocks
             self.table[t.slot] += t.blocks
         for owner, source, target in step.copies:
-            assert self._holders(owner, source) >= 1 and self._holders(owner, target) == 1
+            assert len(self._holders(owner, source)) >= 1 and len(self._holders(owner, target)) == 1
             for offset in range(size):
                 self.cache[owner, target, offset] = self.cache.get((owner, source, offset), (-1, -1, -1))
+        entering = {a.slot for a in step.admissions}
+        written: set[tuple[int, int, int]] = set()
         for span in step.spans:
             owner, table = self.owner[span.slot], self.table[span.slot]
             for position, token in enumerate(span.tokens, span.start):
                 block = table[position // size]
-                assert self._holders(owner, block) == 1, "a block that is shared is written to"
+                others = self._holders(owner, block) - {span.slot}
+                assert others <= entering, "a block that is shared is written to"
+                assert (owner, block, position % size) not in written, "written twice"
+                written.add((owner, block, position % size))
                 content = token, position, self.limits.regime(max(self.anchor[span.slot], position + 1))
                 self.cache[owner, block, position % size] = content
         return [
@@ -114,8 +119,8 @@ class Workers:
             for s in step.spans
         ]
 
-    def _holders(self, owner: int, block: int) -> int:
-        return sum(table.count(block) for slot, table in self.table.items() if self.owner[slot] == owner)
+    def _holders(self, owner: int, block: int) -> set[int]:
+        return {slot for slot, table in self.table.items() if self.owner[slot] == owner and block in table}
 
 
 @dataclass
@@ -343,7 +348,8 @@ def plain(*prompts: list[int], n: int = 1, score_from: int | None = None) -> lis
         request = Request("", tokens, score_from=score_from)
         parent = None
         for index in range(n):
-            made.append(Sequence(request, index, SlotParams(prompt_len=len(tokens)), None, list(tokens), len(tokens), parent))
+            prompt_len = len(tokens) - (score_from is not None)
+            made.append(Sequence(request, index, SlotParams(prompt_len=prompt_len), None, list(tokens), prompt_len, parent))
             parent = parent or made[-1]
     return made
 
@@ -414,6 +420,41 @@ def test_coordinates_are_chosen_by_cached_prefix_and_by_load() -> None:
     assert spans(scheduler)[2:] == [(2, 16, 2), (3, 16, 2)]
     assert (third.owner, fourth.owner) == (0, 1)
     assert (third.cached, fourth.cached) == (16, 16)
+
+
+def test_sequences_that_enter_together_share_what_the_first_computes() -> None:
+    question = list(range(10))
+    sequences = plain(*[[*question, choice] for choice in range(4)], score_from=10)
+    scheduler = start(Limits(block_size=4, max_batch_tokens=32, spare_blocks=9), sequences)
+    step, entries = scheduler.schedule()
+    assert [(span.start, len(span.tokens)) for span in step.spans] == [(0, 10), (8, 2), (8, 2), (8, 2)]
+    assert len({tuple(sequence.blocks[:2]) for sequence in sequences}) == 1
+    assert len({sequence.blocks[2] for sequence in sequences}) == 4
+    assert [sequence.cached for sequence in sequences] == [0, 8, 8, 8]
+    scheduler.commit(entries)
+    for sequence in sequences:
+        scheduler.remove(sequence)
+    assert scheduler.allocators[0].available == scheduler.allocators[0].total
+
+
+def test_only_blocks_that_the_step_fills_are_shared() -> None:
+    """A prompt that enters in chunks is found as far as it has come."""
+    first, second = plain([*range(12)], [*range(12), 7])
+    scheduler = start(Limits(block_size=4, max_batch_tokens=9, max_sequences=2, spare_blocks=9), [first])
+    assert spans(scheduler) == [(0, 0, 9)]
+    scheduler.add(second)
+    assert spans(scheduler) == [(0, 9, 3), (1, 12, 1)]
+    assert first.blocks[:3] == second.blocks[:3]
+
+
+def test_questions_share_out_over_coordinates_and_their_choices_stay_together() -> None:
+    sequences = plain(*[[question] * 60 + [choice] for question in range(6) for choice in range(4)], score_from=60)
+    scheduler = start(Limits(owners=2, block_size=4, max_batch_tokens=256, max_sequences=16, spare_blocks=99), sequences)
+    _, entries = scheduler.schedule()
+    assert len(entries) == 24
+    owners = [{sequence.owner for sequence in sequences[first : first + 4]} for first in range(0, 24, 4)]
+    assert all(len(found) == 1 for found in owners)
+    assert sum(found == {0} for found in owners) == 3
 
 
 def test_tokens_found_in_the_cache_are_of_the_prompt() -> None:

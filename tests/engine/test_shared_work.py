@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from dist_infer.config.sampling import SamplingParams
+from dist_infer.engine.pieces import SHARES, pieces
 from dist_infer.engine.request import Output, Request, Result, Score, TokenLogprob, Usage
 from dist_infer.engine.shared_work import SharedWork
 
@@ -83,11 +84,41 @@ def test_each_request_is_run_once_and_each_result_collected_once(count: int) -> 
         assert all(result.outputs[0].token_ids == [by[result.index]] for result in collected[call])
 
 
-def test_a_piece_is_small_enough_for_everyone_to_have_some() -> None:
-    assert SharedWork(dist.HashStore(), 2, nothing).publish(requests(64)) == 16
-    assert SharedWork(dist.HashStore(), 4, nothing).publish(requests(8)) == 8
-    assert SharedWork(dist.HashStore(), 2, nothing).publish(requests(1000)) == 63  # of 16
-    assert SharedWork(dist.HashStore(), 2, nothing).publish([]) == 0
+def scored(context: int, tokens: int, choices: int) -> list[Request]:
+    """Requests that score `choices` continuations of one context."""
+    return [Request(f"{context}/{i}", [context] * tokens + [i], score_from=tokens) for i in range(choices)]
+
+
+@pytest.mark.parametrize(("leaders", "count"), [(1, 1), (2, 8), (2, 64), (4, 1000)])
+def test_pieces_hold_every_request_once_and_grow_smaller(leaders: int, count: int) -> None:
+    asked = requests(count)
+    found = list(pieces(asked, leaders))
+    assert sorted(request.index for piece in found for request in piece) == list(range(count))
+    assert [len(piece) for piece in found] == sorted((len(piece) for piece in found), reverse=True)
+    assert len(found) >= min(count, leaders), "everyone has some"
+    assert len(found[-1]) <= max(1, count // (leaders * 8)), "the tail is short"
+    assert len(found) <= 1 + 8 * leaders * SHARES, "taking a piece costs something"
+
+
+def test_what_shares_a_context_stays_together_and_the_costly_comes_first() -> None:
+    asked = [request for number in range(40) for request in scored(number, 5 + 3 * number, 4)]
+    asked += [Request(f"g{i}", [1, 2], SamplingParams(max_tokens=100)) for i in range(3)]
+    found = list(pieces(asked[::-1], 3))
+    assert [request.id for request in found[0]][0].startswith("g"), "what produces tokens is costly"
+    order = [request.token_ids[0] for piece in found for request in piece if request.score_from is not None]
+    assert order == sorted(order, reverse=True)
+    for number in range(40):
+        assert sum(any(request.token_ids[0] == number for request in piece if request.score_from) for piece in found) == 1
+
+
+def test_a_signal_that_one_leader_notices_stops_all() -> None:
+    store = dist.HashStore()
+    one, other = SharedWork(store, 2, nothing), SharedWork(store, 2, nothing)
+    assert one.stopping(None) is None and other.stopping(None) is None
+    assert one.stopping("SIGUSR1") == "SIGUSR1"
+    late = SharedWork(store, 2, nothing)
+    assert late.stopping(None) == "SIGUSR1"
+    assert late.stopping("SIGTERM") == "SIGUSR1", "the first counts"
 
 
 def test_results_come_through_whole() -> None:

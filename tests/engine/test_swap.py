@@ -117,7 +117,7 @@ def test_prefetch_keeps_its_error_for_the_swap(checkpoints: list[Path], expected
         with pytest.raises(ValueError, match="no/such/place/at all: no such path"):
             llm.swap("no/such/place/at all")
         llm.prefetch(str(checkpoints[1]))
-        ahead = llm._session._ahead
+        ahead = llm._session.resident._ahead
         assert ahead is not None
         ahead.wait()
         assert ahead.bytes_read == sum(tensor.nbytes for tensor in load_file(checkpoints[1] / "model.safetensors").values())
