@@ -21,7 +21,7 @@ def run(arguments: Sequence[str]) -> int:
     output = parse([word for word in arguments if word not in words]).output
     if not words:
         raise ValueError("no directory is given: name one that holds results, such as dist-infer report sweep_out")
-    directories = [Path(word) for word in dict.fromkeys(words)]
+    directories = list(dict.fromkeys(Path(word) for word in words))
     for directory in directories:
         if not directory.is_dir():
             raise FileNotFoundError(f"{directory}: there is no such directory; name one in which a sweep or an eval has left results")

@@ -17,14 +17,19 @@ NOTES = {
     "sweep": "dist-infer sweep FILE.yaml output=DIRECTORY: sweep.checkpoints x sweep.grid, each with eval.tasks and sweep.inputs. Each checkpoint is\n"
     "loaded once; finished requests go to a journal, and the same sweep, started again on any ranks, goes on from there.",
     "export": "Needs model.path and output=DIRECTORY; format=dcp for DCP, model.dtype to convert. parallel.* says how many ranks write.",
-    "report": "Give one or more directories: dist-infer report DIR... [output=FILE.html]; several are compared with the first. One directory\n"
-    "gets DIR/report.html, several get comparison/report.html; plots/*.png and summary.csv go beside the page. No other option matters.",
+    "report": "DIR holds results of a sweep or an eval, or results_*.json of lm_eval; several are compared with the first. The page\n"
+    "goes to DIR/report.html, for several to comparison/report.html; plots/*.png and summary.csv go beside it. No ranks are started.",
     "inspect": "Needs model.path only; parallel.* and model.config show the cut for a mesh and whether weights match the model.",
+    "env": "Needs nothing; model.path=CHECKPOINT adds what that is. Of the environment it prints only variables it knows by name.",
 }
+
+WITHOUT_OPTIONS = {"report": "DIR... [output=FILE.html]"}  # runs no model
 
 
 def describe_options(command: str, what: str) -> str:
     """The text of `dist-infer COMMAND --help`."""
+    if command in WITHOUT_OPTIONS:
+        return f"usage: dist-infer {command} {WITHOUT_OPTIONS[command]}\n\n{what[:1].upper()}{what[1:]}.\n{NOTES[command]}"
     lines = [
         f"usage: dist-infer {command} [--config FILE.yaml] [key=value ...]",
         "",

@@ -18,6 +18,9 @@ class Executor:
     A checkpoint is only loaded when something must be run with it. Results are recorded in the journal by the leaders that
     compute them, not here.
 
+    Attributes:
+        asked: Requests it was given so far.
+
     Args:
         session: The running model.
         journal: What is finished already.
@@ -28,6 +31,7 @@ class Executor:
         self.session, self.journal, self.progress = session, journal, progress
         self._path = self._loaded = str(session.blueprint.options.model.path)
         self._then: str | None = None
+        self.asked = 0
 
     def use(self, path: str, then: str | None = None) -> None:
         """Run requests with the checkpoint at `path` from now on; bring `then`, which comes next, nearer meanwhile."""
@@ -40,6 +44,7 @@ class Executor:
             Stopped: A signal came; what is finished is in the journal.
             RankFailure: A rank failed.
         """
+        self.asked += len(requests)
         self.progress.add(len(requests))
         self.journal.refresh()
         found: dict[str, Result] = {}

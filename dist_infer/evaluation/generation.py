@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dist_infer.config.sampling import SamplingParams
@@ -80,7 +80,8 @@ class Generation:
             stop_token_ids=[special[text] for text in stops if text in special],
             **known,
         )
-        params = blueprint.params(blueprint.options.sampling.over(asked))
+        # Each request gets a seed of its own; what is greedy has none, so that none is part of its key.
+        params = replace(blueprint.params(blueprint.options.sampling.over(asked)), seed=None)
         assert params.max_tokens is not None
         return cls(params, params.max_tokens, tuple(params.stop or ()))
 

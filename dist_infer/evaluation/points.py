@@ -167,9 +167,9 @@ def _at(options: Options, path: Path, grid: dict[str, Any]) -> Options:
 
 def _labels(paths: list[Path]) -> list[str]:
     """A short name for each checkpoint: the last part of its path that tells it from the others, with what is above it."""
-    if len(paths) == 1:
-        return [_plain(paths[0].resolve().name)]
-    whole = [path.resolve() for path in paths]
+    whole = [Path(os.path.abspath(path)) for path in paths]
+    if len(whole) == 1:
+        return [_plain(whole[0].name)]
     common = Path(os.path.commonpath(whole))
     names = [path.relative_to(common).parts for path in whole]
     while names and all(len(parts) > 1 for parts in names) and len({parts[-1] for parts in names}) == 1:

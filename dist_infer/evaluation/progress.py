@@ -44,6 +44,7 @@ class Progress:
             OSError: The file cannot be written.
         """
         self._total, self._done, self._found, self._failed, self._tokens = total, 0, 0, 0, 0
+        self._expected = 0
         self._replicas, self._clock, self._checkpoint = replicas, clock, ""
         self._metrics = open(directory / "metrics.jsonl", "ab", buffering=0) if directory is not None else None  # noqa: SIM115
         now = clock()
@@ -58,8 +59,13 @@ class Progress:
         self._show(force=self._bar is not None)
 
     def add(self, count: int) -> None:
-        """There are `count` more requests than was known."""
+        """There are `count` more requests than was known, some of which were expected."""
         self._total += count
+        self._expected = max(0, self._expected - count)
+
+    def expect(self, count: int) -> None:
+        """About `count` requests are to come that are not known yet."""
+        self._expected = count
 
     def found(self, count: int) -> None:
         """The results of `count` requests are there from an earlier run."""
@@ -97,8 +103,9 @@ class Progress:
 
     def __str__(self) -> str:
         """The line."""
-        share = f" ({self._done / self._total:.0%})" if self._total else ""
-        parts = [f"{self._done:,}/{self._total:,} requests{share}"]
+        total = self._total + self._expected
+        share = f" ({self._done / total:.0%})" if total else ""
+        parts = [f"{self._done:,}/{'about ' * bool(self._expected)}{total:,} requests{share}"]
         if self._checkpoint:
             parts.insert(0, self._checkpoint)
         if self._found:
@@ -121,11 +128,12 @@ class Progress:
                 self._samples.popleft()
         since, done = now - self._drawn, self._done - self._drawn_done
         due = since >= (REDRAW_S if self._bar is not None else LINE_S)
-        due = due or (self._bar is None and since >= LEAST_S and done >= LINE_PART * max(1, self._total))
+        due = due or (self._bar is None and since >= LEAST_S and done >= LINE_PART * max(1, self._total + self._expected))
         if force or due:
             self._drawn, self._drawn_done = now, self._done
             if self._bar is not None:
-                self._bar.set_description_str(f"dist-infer: {self}"[: os.get_terminal_size(console().fileno()).columns - 1])
+                columns = os.get_terminal_size(console().fileno()).columns or 80
+                self._bar.set_description_str(f"dist-infer: {self}"[: columns - 1])
             else:
                 print(f"dist-infer: {self}", file=console(), flush=True)
         if now - self._written >= METRICS_S:
@@ -139,7 +147,7 @@ class Progress:
         figures = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "requests": self._done,
-            "total": self._total,
+            "total": self._total + self._expected,
             "found": self._found,
             "failed": self._failed,
             "tokens": self._tokens,
@@ -162,7 +170,7 @@ class Progress:
     def _seconds_left(self) -> float | None:
         """At the speed so far; None while there is none."""
         ran = self._done - self._found
-        left = self._total - self._done
+        left = self._total + self._expected - self._done
         return left * (self._clock() - self._began) / ran if ran and left >= 0 else None
 
 

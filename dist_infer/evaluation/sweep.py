@@ -99,7 +99,7 @@ class Sweep:
         left = [point for point in self.points if not self.is_done(point)]
         if len(left) < len(self.points):
             self._say(f"{self.output}: {len(self.points) - len(left)} of {len(self.points)} points are done")
-        progress = Progress(0, self.output)
+        progress = Progress(0, self.output, session.mesh.shape.replicas)
         executor = Executor(session, journal, progress)
         try:
             for number, point in enumerate(left):
@@ -107,6 +107,7 @@ class Sweep:
                 executor.use(str(point.path), str(after[0]) if after else None)
                 progress.checkpoint(point.label)
                 self._evaluate(point, executor, session)
+                progress.expect(executor.asked * (len(left) - number - 1) // (number + 1))
         finally:
             progress.close()
         self._say(f"weights were loaded {session.resident.loads} times for {len({point.path for point in left})} checkpoints")

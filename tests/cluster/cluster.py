@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -14,6 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PROGRAMS = ("sbatch", "slurmd", "slurmctld", "munged", "ip", "nsenter", "setpriv", "unshare")
 NAMESPACES = ("--net", "--uts", "--mount", "--ipc", "--pid")
+MORTAL = ("setpriv", "--pdeathsig", "KILL")  # dies with the thread that starts it, however that ends
 NETWORK = "10.77.0"  # inside the cluster's own namespaces: any number of clusters may have it
 CONTROL = 254
 
@@ -58,10 +60,9 @@ class Host:
         (directory / "boot" / self.name).write_text(f"{uuid.uuid4()}\n")
         role = "control" if control is None else "node"
         inside = [] if control is None else control.enter()
+        init = [str(HERE / "host.sh"), role, str(directory), self.name, self.address]
         self._process = subprocess.Popen(
-            # Dies with this thread, however that ends.
-            ["setpriv", "--pdeathsig", "KILL", *inside, "unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
-            + [str(HERE / "host.sh"), role, str(directory), self.name, self.address],
+            [*MORTAL, *inside, "unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc", *init],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=(directory / "log" / f"{self.name}.err").open("a"),
@@ -125,6 +126,7 @@ class Cluster:
         """End every process of the cluster; its files go too."""
         self.control.cut()
         for wire in self._wires.values():
+            wire.kill()
             wire.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -168,10 +170,10 @@ class Cluster:
         """Replace a node's cable by one that loses frames (as a part of 1) and delays them by `delay_ms` +- `jitter_ms`."""
         self._network("ip", "link", "delete", f"cable{number}")
         node = self.nodes[number]
-        wire = [str(HERE / "wire.py"), f"cable{number}", "bridge0", str(node.pid), _mac(number), f"{node.address}/24"]
+        ends = [f"cable{number}", "bridge0", str(node.pid), _mac(number), f"{node.address}/24"]
+        wire = [sys.executable, "-S", str(HERE / "wire.py"), *ends, str(loss), str(delay_ms), str(jitter_ms)]
         process = subprocess.Popen(
-            ["nsenter", "--target", str(self.control.pid), "--net", "setpriv", "--pdeathsig", "KILL", "python3", "-S", *wire]
-            + [str(loss), str(delay_ms), str(jitter_ms)],
+            [*MORTAL, "nsenter", "--target", str(self.control.pid), "--net", *wire],
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -23,7 +23,7 @@ OPTIONS = (
     f"eval.include_path={QUICKSTART / 'tasks'}",
     "eval.bootstrap_iters=0",
     "model.dtype=float32",
-    "engine.max_running=2",  # so that there is time to disturb it
+    "engine.max_sequences=4",  # so that there is time to disturb it
 )
 
 

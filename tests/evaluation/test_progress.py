@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import termios
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,7 @@ def test_a_full_disk_ends_the_figures_only(tmp_path: Path) -> None:
 
 def test_on_a_terminal_one_line_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
     with open(theirs, "w", encoding="utf-8") as terminal:
         monkeypatch.setattr("sys.stderr", terminal)
         clock = Clock()

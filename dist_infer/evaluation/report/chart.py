@@ -60,7 +60,12 @@ class Trace:
 
 @dataclass
 class Chart:
-    """A drawing of one measure: curves over training steps, or a row for each entry."""
+    """A drawing of one measure: curves over training steps, or a row for each entry.
+
+    Attributes:
+        left: Where the marks begin, beside the names.
+        base: Where they end, above the ticks of x.
+    """
 
     measure: Measure
     kind: Literal["curves", "rows"]
@@ -69,6 +74,7 @@ class Chart:
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     left: int
+    base: int
 
 
 def curves(measure: Measure, lines: list[Line]) -> Chart | None:
@@ -99,7 +105,9 @@ def curves(measure: Measure, lines: list[Line]) -> Chart | None:
     x_ticks = [
         (_round(place_x(tick)), _short(tick)) for tick in (_powers(steps[0], steps[-1]) if logarithmic else _ticks(steps[0], steps[-1], 5))
     ]
-    return Chart(measure, "curves", HEIGHT, traces, x_ticks, [(_round(place_y(tick)), f"{tick:g}") for tick in y_values], LEFT)
+    return Chart(
+        measure, "curves", HEIGHT, traces, x_ticks, [(_round(place_y(tick)), f"{tick:g}") for tick in y_values], LEFT, HEIGHT - BOTTOM
+    )
 
 
 def rows(measure: Measure, lines: list[Line], stepped: bool) -> Chart | None:
@@ -118,7 +126,7 @@ def rows(measure: Measure, lines: list[Line], stepped: bool) -> Chart | None:
     ]
     if not held:
         return None
-    height = TOP + ROW * len(held) + BOTTOM
+    base = TOP + ROW * len(held)
     low, high, values = _value_axis([entry for _, _, entry in held], measure)
     place = _scale(low, high, NAMES + 6, WIDTH - RIGHT - 6)
     traces = []
@@ -135,7 +143,7 @@ def rows(measure: Measure, lines: list[Line], stepped: bool) -> Chart | None:
             name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH // 2 - 1]}…{name[-NAME_LENGTH // 2 :]}",
         )
         traces.append(Trace(Style.of(index), name, [dot]))
-    return Chart(measure, "rows", height, traces, [(_round(place(tick)), f"{tick:g}") for tick in values], [], NAMES)
+    return Chart(measure, "rows", base + ROW, traces, [(_round(place(tick)), f"{tick:g}") for tick in values], [], NAMES, base)
 
 
 def _has(entry: Entry, measure: Measure) -> bool:

@@ -36,7 +36,7 @@ def collect(directories: list[Path]) -> tuple[list[Entry], list[str]]:
             problem = f" ({problems[-1]})" if problems else ""
             raise ValueError(f"{directory}: no results in it{problem}; name a directory with results.json files below it")
         entries += found
-        problems += _ended_badly(directory)
+        problems += _ended_badly(directory, max(entry.when for entry in found))
     entries = _without_older(entries, problems)
     entries.sort(key=lambda entry: (names.index(entry.run), entry.origin, str(entry.grid), entry.step or 0, entry.label))
     return entries, problems + _missing(entries) + _unlike(entries)
@@ -94,18 +94,21 @@ def _take_values(entry: Entry, data: dict[str, Any]) -> None:
         title = str(numbers.get("alias") or task).lstrip(" -")
         for key, value in numbers.items():
             metric, _, name = key.partition(",")
-            if metric.endswith("_stderr") or key in _NOT_MEASURES or not _is_number(value):
+            if metric.endswith("_stderr") or key in _NOT_MEASURES or _number(value) is None:
                 continue
-            stderr = numbers.get(f"{metric}_stderr,{name}")
+            stderr = _number(numbers.get(f"{metric}_stderr,{name}"))
             measure = Measure(task, metric, name, higher.get(metric), title)
-            entry.values[measure] = Value(float(value), float(stderr) if _is_number(stderr) and math.isfinite(stderr) else None)
+            entry.values[measure] = Value(float(value), stderr if stderr is not None and math.isfinite(stderr) else None)
         counted = _dict(_dict(data.get("n-samples")).get(task)).get("effective", numbers.get("sample_len"))
         if isinstance(counted, int):
             entry.questions[task] = counted
-    scored = {measure.task for measure in entry.values}
+    metrics: dict[str, set[str]] = {}
+    for measure in entry.values:
+        metrics.setdefault(measure.task, set()).add(measure.metric)
     for group, members in _dict(data.get("group_subtasks")).items():
-        if group in scored and isinstance(members, list):
-            entry.parts |= {str(member) for member in members}
+        for member in members if isinstance(members, list) else ():
+            if metrics.get(group, set()) & metrics.get(member, set()):
+                entry.parts.add(member)
 
 
 def _texts_only(directory: Path, run: str) -> Entry:
@@ -144,16 +147,25 @@ def _model_of(data: dict[str, Any]) -> str | None:
     return _dict(arguments).get("pretrained") or data.get("model_name")
 
 
-def _ended_badly(directory: Path) -> Iterator[str]:
+def _ended_badly(directory: Path, newest: str) -> Iterator[str]:
+    """What status files say of runs that did not end well, unless results came after that, the last at `newest`."""
     for file in sorted(directory.rglob("status*.json")):
         try:
             status = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(status, dict) and status.get("outcome") not in (None, "complete"):
+        if isinstance(status, dict) and status.get("outcome") not in (None, "complete") and not _before(status.get("time"), newest):
             where = f", rank {status.get('rank')} on {status.get('host')}" if status.get("rank") is not None else ""
             why = f": {status['error']}" if status.get("error") else ""
             yield f"{file.parent}: the last run ended as {status['outcome']!r}{where}{why}"
+
+
+def _before(first: Any, second: str) -> bool:
+    """Whether one time lies before another; not, where they are no times that can be compared."""
+    try:
+        return datetime.fromisoformat(first) < datetime.fromisoformat(second)
+    except (TypeError, ValueError):
+        return False
 
 
 def _without_older(entries: list[Entry], problems: list[str]) -> list[Entry]:
@@ -213,12 +225,12 @@ def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _date(seconds: Any) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds") if _is_number(seconds) else ""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds") if _number(seconds) is not None else ""
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

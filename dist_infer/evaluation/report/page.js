@@ -16,6 +16,7 @@
     tip.style.left = `${Math.max(4, Math.min(x - width / 2, innerWidth - width - 4))}px`;
     tip.style.top = `${y - height - 14 > 0 ? y - height - 14 : y + 18}px`;
   };
+  addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
   for (const figure of document.querySelectorAll(".chart")) {
     const svg = figure.querySelector("svg");
     const dots = [...svg.querySelectorAll(".dot")];
@@ -26,14 +27,16 @@
       now = index;
     };
     const leave = () => { mark(-1); tip.hidden = true; };
-    svg.addEventListener("pointermove", (event) => {
+    const point = (event) => {
       const distances = dots.map((dot) => { const [x, y] = centre(dot); return Math.hypot(x - event.clientX, y - event.clientY); });
       const nearest = distances.indexOf(Math.min(...distances));
       if (!(distances[nearest] <= REACH)) return leave();
       mark(nearest);
       tell(dots[nearest], ...centre(dots[nearest]));
-    });
-    svg.addEventListener("pointerleave", leave);
+    };
+    svg.addEventListener("pointermove", point);
+    svg.addEventListener("pointerdown", point);
+    svg.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") leave(); }); // what a finger chose stays
     svg.addEventListener("blur", leave);
     svg.addEventListener("keydown", (event) => {
       const turn = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];

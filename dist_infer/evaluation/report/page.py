@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from dist_infer.evaluation.report.chart import HEIGHT, WIDTH, Chart, curves, rows
+from dist_infer.evaluation.report.chart import WIDTH, Chart, curves, rows
 from dist_infer.evaluation.report.entry import Entry, Measure, number
 from dist_infer.evaluation.report.overview import Overview
 from dist_infer.evaluation.report.samples import Sheet
@@ -36,7 +36,9 @@ def page(overview: Overview, sheets: list[Sheet], title: str) -> str:
         title: Of the page.
     """
     script = (HERE / "page.js").read_text(encoding="utf-8")
-    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"number": number, "signed": _signed, "shown": _shown, "breakable": _breakable}
     return environment.get_template("page.html").render(
         title=title,
@@ -51,7 +53,6 @@ def page(overview: Overview, sheets: list[Sheet], title: str) -> str:
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=version("dist_infer"),
         width=WIDTH,
-        curve_height=HEIGHT,
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -95,7 +96,8 @@ def _embedded(overview: Overview, sheets: list[Sheet]) -> Markup:
 
 
 def _signed(value: float) -> str:
-    return f"{'+' if value > 0 else '−' if value < 0 else '±'}{number(abs(value))}"
+    sign = "+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else "±"
+    return f"{sign}{number(abs(value))}"
 
 
 def _breakable(text: str) -> Markup:

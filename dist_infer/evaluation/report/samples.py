@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -122,23 +123,22 @@ def _identity(sample: dict[str, Any]) -> str:
 
 def _answers(entry: Entry, measure: Measure, sheet: Sheet, numbers: dict[str, int]) -> Iterator[dict[str, Any]]:
     """Answers to the first questions; questions not seen before are added to `sheet`."""
-    count = 0
-    for sample in _samples(entry, measure):
-        if count == MOST_QUESTIONS:
-            return
-        count += 1
+    for sample in islice(_samples(entry, measure), MOST_QUESTIONS):
         pairs = _argument_pairs(sample.get("arguments"))
-        logprobs, greedy = _logprobs(sample.get("resps"))
+        whole_texts = pairs != [] and all(continuation is None for _, continuation in pairs)
+        logprobs, greedy = _logprobs(sample.get("resps"), whole_texts)
         identity = f"{_identity(sample)}:{sample.get('prompt_hash')}"
         if identity not in numbers:
             numbers[identity] = len(sheet.questions)
-            sheet.questions.append(_question(sample, pairs, choices=logprobs is not None))
+            sheet.questions.append(_question(sample, pairs, choices=logprobs is not None and not whole_texts))
         answer: dict[str, Any] = {"question": numbers[identity], **_judged(sample.get(measure.metric), measure)}
         if logprobs is not None:
             answer |= {"logprobs": logprobs, "greedy": greedy}
         else:
             texts, filtered = _strings(sample.get("resps")), _strings(sample.get("filtered_resps"))
-            answer |= {"texts": texts} | ({"filtered": filtered} if [text.strip() for text in filtered] != [text.strip() for text in texts] else {})
+            answer |= {"texts": texts} | (
+                {"filtered": filtered} if [text.strip() for text in filtered] != [text.strip() for text in texts] else {}
+            )
         yield answer
 
 
@@ -163,19 +163,20 @@ def _texts(file: Path, sheet: Sheet, numbers: dict[str, int]) -> Iterator[dict[s
     sheet.total = max(sheet.total, total)
 
 
-def _question(sample: dict[str, Any], pairs: list[tuple[str, str]], choices: bool) -> dict[str, Any]:
+def _question(sample: dict[str, Any], pairs: list[tuple[str, str | None]], choices: bool) -> dict[str, Any]:
     """A question as the page shows it."""
     contexts = {context for context, _ in pairs}
     question: dict[str, Any] = {"id": str(sample.get("doc_id"))}
     shared = len(contexts) == 1
     question["prompt"] = _cut(pairs[0][0]) if shared and pairs else ""
-    if choices and any(continuation for _, continuation in pairs):
-        question["choices"] = [_cut(continuation if shared else context + continuation) for context, continuation in pairs]
+    texts = [(continuation or "") if shared else context + (continuation or "") for context, continuation in pairs]
+    if choices:
+        question["choices"] = [_cut(text) for text in texts]
     target = sample.get("target")
-    index = int(target) if str(target).isdigit() else None
-    if len(pairs) > 1 and choices and index is not None and index < len(pairs):
+    index = int(str(target)) if str(target).isdecimal() else len(pairs)
+    if choices and index < len(pairs) > 1:
         question["answer"] = index
-        target = pairs[index][1].strip()
+        target = texts[index].strip()
     question["target"] = _cut(target if isinstance(target, str) else json.dumps(target, ensure_ascii=False))
     return question
 
@@ -188,32 +189,37 @@ def _judged(value: Any, measure: Measure) -> dict[str, Any]:
     return {"value": float(value), "right": right}
 
 
-def _argument_pairs(arguments: Any) -> list[tuple[str, str]]:
-    """Context and continuation of each request, from either form in which samples are written."""
+def _argument_pairs(arguments: Any) -> list[tuple[str, str | None]]:
+    """Context and continuation of each request, from either form in which samples are written.
+
+    The continuation is empty where text is to be generated, and None where the likelihood of the whole text is asked.
+    """
     if isinstance(arguments, dict):
         arguments = [list(group.values()) for group in arguments.values() if isinstance(group, dict)]
-    pairs = []
+    pairs: list[tuple[str, str | None]] = []
     for group in arguments if isinstance(arguments, list) else ():
         words = group if isinstance(group, list) else [group]
-        second = words[1] if len(words) > 1 and isinstance(words[1], str) else ""
-        pairs.append((str(words[0]) if words else "", second))
+        if words:
+            second = None if len(words) == 1 else words[1] if isinstance(words[1], str) else ""
+            pairs.append((str(words[0]), second))
     return pairs
 
 
-def _logprobs(responses: Any) -> tuple[list[float | None] | None, list[bool]]:
-    """Log-probability of each choice and whether it is what greedy decoding says; None for texts."""
+def _logprobs(responses: Any, whole_texts: bool) -> tuple[list[float | None] | None, list[bool]]:
+    """Log-probability of each choice (or text) and whether it is what greedy decoding says; None where text was generated."""
     logprobs: list[float | None] = []
     greedy: list[bool] = []
     for repeats in responses if isinstance(responses, list) else ():
         first = repeats[0] if isinstance(repeats, list) and repeats else None
-        if not isinstance(first, list) or len(first) != 2 or str(first[1]) not in ("True", "False", "true", "false"):
+        pair = [first, False] if whole_texts and not isinstance(first, list) else first
+        if not isinstance(pair, list) or len(pair) != 2 or str(pair[1]).lower() not in ("true", "false"):
             return None, []
         try:
-            logprob = float(first[0])
+            logprob = float(pair[0])
         except (TypeError, ValueError):
             return None, []
         logprobs.append(round(logprob, 5) if math.isfinite(logprob) else None)
-        greedy.append(str(first[1]).lower() == "true")
+        greedy.append(str(pair[1]).lower() == "true")
     return (logprobs, greedy) if logprobs else (None, [])
 
 
