@@ -11,4 +11,4 @@ if [[ ${1:-} == --all ]]; then
     shift
 fi
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -n "${WORKERS:-2}" "${chosen[@]}" "$@"
+exec .venv/bin/python -m pytest -n "${WORKERS:-2}" --dist loadgroup "${chosen[@]}" "$@"

@@ -5,13 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from dist_infer.cli.arguments import parse
 from dist_infer.cli.ranks import run_on_ranks, say
@@ -19,8 +16,10 @@ from dist_infer.config.options import Options
 from dist_infer.engine.blueprint import Blueprint
 from dist_infer.engine.intake import Intake
 from dist_infer.engine.report import provenance, summary
-from dist_infer.engine.request import Request, Result
 from dist_infer.engine.session import Session
+from dist_infer.evaluation.executor import Executor
+from dist_infer.evaluation.journal import Journal
+from dist_infer.evaluation.progress import Progress
 
 # lm-evaluation-harness is imported late: it is an extra, takes seconds, and only the conductor needs it.
 
@@ -32,6 +31,8 @@ def run(arguments: Sequence[str]) -> int:
         raise ValueError("prompts and input belong to generate; eval takes eval.tasks=[...]")
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("lm-evaluation-harness is not installed: pip install 'dist_infer[eval]'")
+    if options.output is not None and options.journal is None:
+        options.journal = str(Path(options.output) / "journal")
     job = EvalJob(options)
     return run_on_ranks(options, job.run, job.check, stoppable=True)
 
@@ -62,23 +63,13 @@ class EvalJob:
         from dist_infer.evaluation.harness import HarnessModel, evaluate
         from dist_infer.evaluation.results import table, write_results
 
-        began, made_by = datetime.now(UTC), provenance(session)
         assert session.engine is not None
-
-        def answers(requests: list[Request]) -> list[Result]:
-            found: list[Result] = []
-            with tqdm(total=len(requests), unit="request", disable=not sys.stderr.isatty(), leave=False) as bar:
-
-                def sink(_: Any, results: list[Result]) -> None:
-                    found.extend(results)
-                    bar.update(len(results))
-
-                session.run(requests, sink)
-            return sorted(found, key=lambda result: result.index)
-
+        began, made_by, blueprint = datetime.now(UTC), provenance(session), session.blueprint
         identity = made_by["identity"] or ""
-        model = HarnessModel(Intake(session.blueprint), answers, session.engine.max_model_len, identity, self.tasks.versions)
-        results = evaluate(self.options.eval, model, self.tasks)
+        with tempfile.TemporaryDirectory() as nothing, Progress(replicas=session.mesh.shape.replicas) as progress:
+            executor = Executor(session, Journal(Path(self.options.journal or nothing), say), progress)
+            model = HarnessModel(Intake(blueprint), executor.run, session.engine.max_model_len, identity, self.tasks.versions)
+            results = evaluate(self.options.eval, model, self.tasks)
         made_by["versions"] |= {"lm_eval": importlib.metadata.version("lm_eval")}
         if self.output is not None:
             times = {"started": began.isoformat(timespec="seconds"), "finished": datetime.now(UTC).isoformat(timespec="seconds")}

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from dist_infer.cli.outcome import FAILURE, MISTAKE, STOPPED, exit_status
+from dist_infer.distributed.logs import console
 
 COMMANDS = {
     "generate": "continue prompts, on the terminal or from a file",
@@ -71,7 +72,7 @@ def _run(arguments: list[str]) -> int:
 
 def _complain(message: str, status: int) -> int:
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        print(f"dist-infer: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"dist-infer: error: {' '.join(message.split())}", file=console(), flush=True)
     return status
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 from dist_infer.cli.outcome import Outcome
 from dist_infer.config.options import Options
 from dist_infer.distributed.launch import RankVariables
+from dist_infer.distributed.logs import console, log_to
 from dist_infer.distributed.signals import Stopped, StopSignal
 from dist_infer.engine.blueprint import Blueprint
 from dist_infer.engine.session import Session
@@ -30,10 +31,12 @@ def run_on_ranks(
         stoppable: SIGTERM and SIGUSR1 stop the run between two steps; else they have their usual meaning.
     """
     variables = RankVariables.read()
-    outcome = Outcome(options.status, variables.rank if variables is not None else 0)
-    stop = StopSignal()
+    rank = variables.rank if variables is not None else 0
+    outcome, stop = Outcome(options.status, rank), StopSignal()
     try:
         outcome.begin()
+        if options.logs is not None:
+            log_to(Path(options.logs), rank)
         with stop if stoppable else nullcontext(), Recorder(options.journal) as record:
             _run(options, work, check, record, stop)
     except BaseException as error:
@@ -63,4 +66,4 @@ def _run(
 
 def say(line: str) -> None:
     """Print a line about the run, apart from its results."""
-    print(f"dist-infer: {line}", file=sys.stderr, flush=True)
+    print(f"dist-infer: {line}", file=console(), flush=True)

@@ -29,7 +29,7 @@ from dist_infer.config.sweep import SweepOptions
 TEXT_KEYS = ("prompts", "sampling.stop", "system")
 STRINGS = ("str", "str | None")
 MAPPINGS = ("sampling.logit_bias", "eval.gen_kwargs", "sweep.grid")  # what is below these is a value, not an option
-NOT_OF_RESULTS = ("prompts", "input", "output", "journal", "status", "format", "system", "sweep.")
+NOT_OF_RESULTS = ("prompts", "input", "output", "journal", "logs", "status", "format", "system", "sweep.")
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Options:
     input: str | None = option(None, "JSONL file of requests")
     output: str | None = option(None, "JSONL file of results; of an export, an eval or a sweep, a directory")
     journal: str | None = option(None, "directory where every leader writes down what it finished; of a sweep: OUTPUT/journal")
+    logs: str | None = option(None, "directory of log files, one a rank; of a sweep: OUTPUT/logs")
     status: str | None = option(None, "JSON file that says how the run ended, for scripts")
     format: str = option("safetensors", "what an export writes", choices=("safetensors", "dcp"))
     system: str | None = option(None, "system message of a chat")

@@ -15,7 +15,7 @@ class ParallelOptions:
     fsdp: int | None = option(None, "ranks that cut each block's parameters again and run their own part of the batch", low=1)
     replicas: int | None = option(None, "complete copies of the model; they share the requests", low=1)
     timeout_s: float = option(600.0, "how long a collective may wait, in seconds", above=0)
-    heartbeat_s: float = option(10.0, "a rank of another host that is silent for longer is taken for dead, in seconds", above=0)
+    heartbeat_s: float = option(10.0, "a rank stopped, or silent on another host, for longer is taken for dead, in seconds", above=0)
     collectives: str = option(
         "auto",
         "how ranks of one host reduce on CPU: shared memory where it works, else gloo",

@@ -11,16 +11,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class CollectiveTimeout(RuntimeError):
+    """A collective waited for other ranks for too long."""
+
+
 class Communicator(ABC):
     """Collectives over one group of ranks; every rank of the group makes the same calls in the same order.
 
     Attributes:
         rank: Index of this rank in the group.
         size: Ranks in the group.
+        waiting: Whether a call waits for other ranks, or did so in vain.
     """
 
     rank: int
     size: int
+    waiting: bool = False
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -134,9 +140,13 @@ class ProcessGroup(Communicator):
         """Raise the error given to `abort` instead of what the backend makes of it."""
         if self._error:
             raise self._error
+        self.waiting = True
         try:
             yield
         except RuntimeError as error:
             if self._error:
                 raise self._error from error
+            if "timed out waiting" in str(error).lower():  # gloo's words
+                raise CollectiveTimeout("a collective did not end within parallel.timeout_s") from error
             raise
+        self.waiting = False

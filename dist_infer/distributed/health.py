@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 
 from dist_infer.distributed.clock import OwnClock
-from dist_infer.distributed.collectives import Communicator
+from dist_infer.distributed.collectives import CollectiveTimeout, Communicator
 from dist_infer.distributed.heartbeats import Heartbeats, left_key
 from dist_infer.distributed.host import Host
 from dist_infer.distributed.launch import LocalRanks
 from dist_infer.distributed.logs import console, is_redirected
 from dist_infer.distributed.neighbours import STOPPED, Neighbours, process_state
+from dist_infer.distributed.roll_call import RollCall
 
 POLL_S = 0.5  # how often the store is asked for another rank's error
 GRACE_S = 5.0  # for the main thread to leave after a failure
@@ -83,7 +84,7 @@ class Watchdog:
         self._may_exit, self._announce = may_exit, announce
         self._communicators: list[Communicator] = []
         self._lock = threading.Lock()
-        self._own_error: str | None = None
+        self._own: RankFailure | None = None  # what the main thread reports
         self._looks = 0  # begun and ended; odd while a look is under way
         self._found: RankFailure | None = None  # by this rank, though perhaps not published yet
         self._decided, self._stopping = threading.Event(), threading.Event()
@@ -91,6 +92,7 @@ class Watchdog:
         if store is not None:
             self._neighbours = Neighbours(rank, hosts, local_ranks)
             self._heartbeats = Heartbeats(rank, hosts, heartbeat_s)
+            self._roll_call = RollCall(rank, len(hosts))
             self._wake_read, self._wake_write = os.pipe()
             for run, name in ((self._run, "watchdog"), (self._watch_looks, "watchdog's watchdog")):
                 self._threads.append(threading.Thread(target=run, name=f"dist_infer {name}", daemon=True))
@@ -119,26 +121,41 @@ class Watchdog:
 
     def report(self, error: BaseException) -> None:
         """Tell the other ranks that this one failed with `error`; the first report wins."""
-        if not self._threads or not self._threads[0].is_alive() or self._decided.is_set():
-            return
-        self._own_error = _one_line(error)
-        os.write(self._wake_write, b"!")
-        self._decided.wait(VERDICT_S)
+        self._report(self._of(self._rank, f"failed: {_one_line(error)}"))
+
+    def _report(self, failure: RankFailure) -> None:
+        if self._threads and self._threads[0].is_alive() and not self._decided.is_set():
+            self._own = failure
+            os.write(self._wake_write, b"!")
+            self._decided.wait(VERDICT_S)
 
     def explain(self, error: Exception) -> Exception:
         """The world's first error, given that this rank just raised `error`.
 
         That is another rank's RankFailure if one failed before (a peer's death often shows as a broken
-        connection here first), else `error`, which is published so that the others leave with it.
+        connection here first), else `error`, which is published so that the others leave with it. After a collective's time-out it is
+        the failure of the rank that did not come.
         Use: `except Exception as error: raise world.watchdog.explain(error)`.
         """
         if not self._threads or isinstance(error, RankFailure):
             return error
-        if _is_broken_connection(error):
+        late = self._late() if isinstance(error, CollectiveTimeout) else None
+        if late is None and _is_broken_connection(error):
             self._decided.wait(VERDICT_S)
-        self.report(error)
-        first = self.failure
-        return error if first is None or str(first) == str(self._failed()) else first
+        ours = self._of(self._rank, f"failed: {_one_line(error)}") if late is None else late
+        self._report(ours)
+        first = self.failure or late
+        return error if first is None or (late is None and str(first) == str(ours)) else first
+
+    def _late(self) -> RankFailure | None:
+        """The failure of the rank for which this one has waited too long in a collective; None if it cannot be told."""
+        assert self._store is not None
+        self._roll_call.waited = True
+        try:
+            late = self._roll_call.hold(self._store, lambda: self._decided.wait(VERDICT_S))
+        except dist.DistError:
+            return None
+        return None if late is None else self._of(late[0], f"did not come to a collective in time: {late[1]}")
 
     def stop(self) -> None:
         """Stop watching, before this rank leaves in order."""
@@ -148,7 +165,7 @@ class Watchdog:
             self._decided.set()
             for thread in self._threads:
                 if thread.is_alive():
-                    thread.join(GRACE_S)
+                    thread.join(GRACE_S if self.failure is None else POLL_S)  # it may be waiting for a store that is mute
             os.close(self._wake_write)
             os.close(self._wake_read)
 
@@ -177,6 +194,8 @@ class Watchdog:
                     mark_left(store, self._rank)  # the failure is known here; the server need not wait for us
             except dist.DistError as error:
                 failure = failure or self._without_store(error)
+            except Exception as error:  # nobody else would hear of it
+                failure = self._of(self._rank, f"failed in its watchdog: {_one_line(error)}")
             self._looks += 1
         if failure is not None:
             self._settle(failure)
@@ -187,14 +206,17 @@ class Watchdog:
         stopped = self._neighbours.stopped(now, self._heartbeat_s)
         if store.check([FAILURE]):
             return _read(store.get(FAILURE))
-        if self._own_error is not None:
-            return self._publish(store, self._failed())
+        if self._own is not None:
+            return self._publish(store, self._own)
         if self._neighbours.speaks(self._neighbours.dead):
             for rank in sorted(self._neighbours.dead):
                 if not store.check([left_key(rank)]):
                     return self._publish(store, self._of(rank, self._neighbours.death(rank)))
         if stopped is not None:
             return self._publish(store, self._of(stopped, self._stopped_words()))
+        with self._lock:
+            waits = any(communicator.waiting for communicator in self._communicators)
+        self._roll_call.answer(store, waits)
         silent = self._heartbeats.silent(store, now)
         if silent is not None:
             reason = f"was silent for {self._heartbeat_s:g} s; it, its host or the network to it is gone"
@@ -203,9 +225,6 @@ class Watchdog:
 
     def _of(self, rank: int, what: str) -> RankFailure:
         return RankFailure(f"rank {rank} ({self._hosts[rank]}) {what}", rank)
-
-    def _failed(self) -> RankFailure:
-        return self._of(self._rank, f"failed: {self._own_error}")
 
     def _stopped_words(self) -> str:
         return f"was stopped (SIGSTOP or SIGTSTP) for {self._heartbeat_s:g} s and did not go on"
@@ -221,8 +240,9 @@ class Watchdog:
 
     def _without_store(self, error: Exception) -> RankFailure:
         """The failure when the store is gone."""
-        if self._found is not None or self._own_error is not None:
-            return self._found or self._failed()
+        known = self._found or self._own
+        if known is not None:
+            return known
         dead = self._neighbours.dead
         if 0 in dead:
             failure = self._of(0, self._neighbours.death(0))
@@ -252,8 +272,9 @@ class Watchdog:
 
     def _mute_store(self, stopped: bool) -> RankFailure:
         """The failure when the store has not answered for too long; `stopped` if rank 0 is."""
-        if self._found is not None:
-            return self._found
+        known = self._found or self._own
+        if known is not None:
+            return known
         mute = f"or its store cannot be reached for {self._heartbeat_s:g} s; its host or the network to it is gone"
         failure = self._of(0, self._stopped_words() if stopped else mute)
         self._speak_alone(failure, self._neighbours.dead | {0})

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dist_infer.distributed.collectives import Communicator
+from dist_infer.distributed.collectives import CollectiveTimeout, Communicator
 
 if TYPE_CHECKING:
     from dist_infer.distributed.world import World
@@ -209,6 +209,7 @@ class SharedMemory(Communicator):
         for _ in range(self._spin):
             if flags[peer] >= sequence:
                 return
+        self.waiting = True
         started = time.monotonic()
         while flags[peer] < sequence:
             if self._error:
@@ -221,7 +222,8 @@ class SharedMemory(Communicator):
             if waited > self._timeout_s:
                 late = [self._world_ranks[index // LINE] for index in self._peers if flags[index] < sequence]
                 names = ", ".join(map(str, late))
-                raise TimeoutError(f"rank {names} did not come to a collective within parallel.timeout_s={self._timeout_s:g} s")
+                raise CollectiveTimeout(f"rank {names} did not come to a collective within parallel.timeout_s={self._timeout_s:g} s")
+        self.waiting = False
 
 
 def _make(size: int) -> tuple[int, str, mmap.mmap] | None:

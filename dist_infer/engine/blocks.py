@@ -14,9 +14,20 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 
-def chain_hash(previous: bytes, tokens: Sequence[int]) -> bytes:
-    """Hash of a full block of tokens and of all that came before it."""
-    return hashlib.blake2b(previous + np.asarray(tokens, dtype=np.int32).tobytes(), digest_size=16).digest()
+def chain_hashes(previous: bytes, tokens: Sequence[int], block_size: int) -> list[bytes]:
+    """Of each full block of `tokens` a hash of it and of all that came before it.
+
+    Args:
+        previous: The hash of what came before `tokens`.
+        tokens: Token ids.
+        block_size: Tokens a block.
+    """
+    words, width = np.asarray(tokens, dtype=np.int32).tobytes(), 4 * block_size
+    hashes: list[bytes] = []
+    for stop in range(width, len(words) + 1, width):
+        previous = hashlib.blake2b(previous + words[stop - width : stop], digest_size=16).digest()
+        hashes.append(previous)
+    return hashes
 
 
 class BlockAllocator:

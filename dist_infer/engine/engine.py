@@ -102,7 +102,7 @@ class Engine:
         tokens, limit = len(request.token_ids), self.max_model_len
         if not tokens:
             return "the prompt is empty: give at least one token"
-        if any(not 0 <= token < self.vocab_size for token in request.token_ids):
+        if min(request.token_ids) < 0 or max(request.token_ids) >= self.vocab_size:
             wrong = next(token for token in request.token_ids if not 0 <= token < self.vocab_size)
             return f"token id {wrong} is outside the vocabulary of {self.vocab_size}"
         if request.score_from is not None:

@@ -43,7 +43,7 @@ class Request:
 
         A seed counts if it was given; one that was drawn does not, for its result is as good as any.
         """
-        what = [identity, version, self.token_ids, asdict(self.params), self.score_from]
+        what = [identity, version, self.token_ids, vars(self.params), self.score_from]
         return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def to_json(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
@@ -19,6 +18,7 @@ from dist_infer.checkpoint.plan import Read, plan
 from dist_infer.checkpoint.prefetch import Prefetch
 from dist_infer.checkpoint.reader import LoadReport
 from dist_infer.checkpoint.shard import ModelShard
+from dist_infer.distributed.logs import console
 from dist_infer.distributed.mesh import Mesh
 from dist_infer.distributed.world import World
 from dist_infer.engine.blueprint import Blueprint
@@ -185,8 +185,8 @@ class Resident:
         checkpoint = blueprint.checkpoint
         assert checkpoint is not None
         size = getattr(torch, checkpoint.dtype(blueprint.config)).itemsize
-        hidden = not (self._world.rank == 0 and sys.stderr.isatty())
-        return tqdm(total=total_elements * size, desc=what, unit="B", unit_scale=True, disable=hidden, leave=False)
+        hidden = not (self._world.rank == 0 and console().isatty())
+        return tqdm(total=total_elements * size, desc=what, unit="B", unit_scale=True, disable=hidden, leave=False, file=console())
 
 
 def succeed(blueprint: Blueprint, path: str) -> Blueprint:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dist_infer.config.engine import EngineOptions
-from dist_infer.engine.blocks import BlockAllocator, chain_hash
+from dist_infer.engine.blocks import BlockAllocator, chain_hashes
 from dist_infer.engine.sequence import Sequence
 from dist_infer.engine.step import Admission, SpanOfStep, Step, TableDelta
 
@@ -315,9 +315,8 @@ class Scheduler:
 
     def _hashes(self, sequence: Sequence, count: int) -> list[bytes]:
         """Prefix hashes of the first `count` blocks of `sequence`."""
-        size = self.options.block_size
-        while len(sequence.hashes) < count:
-            index = len(sequence.hashes)
-            previous = sequence.hashes[-1] if index else self.rope.regime(sequence.rope_anchor).to_bytes(8, "little")
-            sequence.hashes.append(chain_hash(previous, sequence.tokens[index * size : (index + 1) * size]))
-        return sequence.hashes[:count]
+        size, known = self.options.block_size, sequence.hashes
+        if len(known) < count:
+            previous = known[-1] if known else self.rope.regime(sequence.rope_anchor).to_bytes(8, "little")
+            known += chain_hashes(previous, sequence.tokens[len(known) * size : count * size], size)
+        return known[:count]

@@ -263,6 +263,7 @@ def evaluate(options: EvalOptions, model: HarnessModel, tasks: Tasks) -> dict[st
         ValueError: A task cannot be run with these options, or on this model.
         RuntimeError: A request failed.
     """
+    tasks.restore()
     check_model(options, model.blueprint, tasks)
     with quiet():
         results: Any = simple_evaluate(

@@ -23,6 +23,7 @@ from dist_infer.engine.request import Result
 
 SYNC_S = 1.0  # a line waits at most this long for its fsync to begin
 OPEN_FILES = 64  # parts that are kept open for reading
+_ENCODER = json.JSONEncoder(default=vars)  # far faster than a copy by `Result.to_json`
 _KEY = b', "key": '
 _CHECKSUM = b', "crc32": "%08x"}'
 _OFFSET_BITS = 44
@@ -31,7 +32,7 @@ _OFFSET_BITS = 44
 def encode(result: Result) -> bytes:
     """The journal's line for `result`."""
     data = {name: value for name, value in vars(result).items() if name != "key"}
-    body = json.dumps(data, default=vars)[:-1].encode() + _KEY + json.dumps(result.key).encode()  # far faster than copying by `to_json`
+    body = _ENCODER.encode(data)[:-1].encode() + _KEY + json.dumps(result.key).encode()
     return body + _CHECKSUM % zlib.crc32(body) + b"\n"
 
 

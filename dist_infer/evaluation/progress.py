@@ -44,7 +44,7 @@ class Progress:
             OSError: The file cannot be written.
         """
         self._total, self._done, self._found, self._failed, self._tokens = total, 0, 0, 0, 0
-        self._expected = 0
+        self._expected, self._line = 0, ""
         self._replicas, self._clock, self._checkpoint = replicas, clock, ""
         self._metrics = open(directory / "metrics.jsonl", "ab", buffering=0) if directory is not None else None  # noqa: SIM115
         now = clock()
@@ -134,8 +134,9 @@ class Progress:
             if self._bar is not None:
                 columns = os.get_terminal_size(console().fileno()).columns or 80
                 self._bar.set_description_str(f"dist-infer: {self}"[: columns - 1])
-            else:
-                print(f"dist-infer: {self}", file=console(), flush=True)
+            elif str(self) != self._line:
+                self._line = str(self)
+                print(f"dist-infer: {self._line}", file=console(), flush=True)
         if now - self._written >= METRICS_S:
             self._write()
 

@@ -63,7 +63,7 @@ class Sweep:
     def options(self) -> Options:
         """Those the model is started with: of the first point that has no results yet."""
         first = next((point for point in self.points if not self._results(point).exists()), self.points[0])
-        return replace(first.options, journal=str(self.journal))
+        return replace(first.options, journal=str(self.journal), logs=first.options.logs or str(self.output / "logs"))
 
     def check(self, blueprint: Blueprint) -> None:
         """Check all that can be known before a rank is started (on the conductor): tasks, files, every checkpoint.

@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import logging
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ BRING = "a dataset comes from the hub or, offline (HF_HUB_OFFLINE=1), from the c
 BRING += "or give eval.include_path with tasks that read local files"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tasks:
-    """Loaded tasks, with their datasets; they serve for any number of models.
+    """Loaded tasks, with their datasets; they serve for any number of evaluations.
 
     Attributes:
         chosen: What was asked for: tasks and groups.
@@ -33,6 +34,15 @@ class Tasks:
     chosen: list[Any]
     tasks: dict[str, Any]
     manager: TaskManager
+
+    def __post_init__(self) -> None:
+        self._own = {name: (task.config.num_fewshot, deepcopy(task.config.generation_kwargs)) for name, task in self.tasks.items()}
+
+    def restore(self) -> None:
+        """Make the tasks as they were loaded: the harness writes the options of an evaluation into them."""
+        for name, (shots, generation) in self._own.items():
+            config = self.tasks[name].config
+            config.num_fewshot, config.generation_kwargs = shots, deepcopy(generation)
 
     @property
     def versions(self) -> dict[str, str]:

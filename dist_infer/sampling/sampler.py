@@ -128,7 +128,7 @@ def decide(
             if layout.logprobs > 0:
                 top_logprobs = _top_logprobs(data, params, normalizer)
         wanted = decided & finite & (scored | np.array([p.logprobs >= 0 for p in params], bool))
-        logprobs = [float(value) if want else None for value, want in zip(known, wanted, strict=True)]
+        logprobs = [value if want else None for value, want in zip(known.tolist(), wanted.tolist(), strict=True)]
     return Decisions(
         tokens=tokens.tolist(),
         logprobs=logprobs,

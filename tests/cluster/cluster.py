@@ -265,7 +265,7 @@ class Job:
 
     def log(self) -> str:
         """What it has printed; of an array, each of its tasks."""
-        return "".join(path.read_text(errors="replace") for path in sorted(self.directory.glob(f"*-{self.id}*.log")))
+        return "".join(path.read_text(errors="replace") for path in sorted(self.directory.glob(f"*-{self.id}[._]*log")))
 
     def cancel(self, *options: str) -> None:
         """scancel it, or send it a signal."""

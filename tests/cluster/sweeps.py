@@ -52,14 +52,14 @@ class Sweep:
         command = ["--nodes=2", "--ntasks-per-node=2", *sbatch, str(ROOT / f"slurm/{script}.sbatch"), *OPTIONS, *options]
         return Job(self.cluster, self.directory, [*command, f"output={self._output}"], variables)
 
-    def lines(self) -> int:
-        """How many results the journal has, each as often as it was computed."""
-        return sum(path.read_bytes().count(b"\n") for path in (self.output / "journal").glob("*.jsonl"))
+    def lines(self, parts: str = "*") -> int:
+        """How many results the journal has, or those of its parts of such a name, each as often as it was computed."""
+        return sum(path.read_bytes().count(b"\n") for path in (self.output / "journal").glob(f"{parts}.jsonl"))
 
-    def reach(self, lines: int) -> None:
+    def reach(self, lines: int, parts: str = "*") -> None:
         """Wait until the journal has so many results."""
         try:
-            until(lambda: self.lines() >= lines, 120.0, f"{lines} results in the journal")
+            until(lambda: self.lines(parts) >= lines, 120.0, f"{lines} results in the journal's parts {parts}")
         except TimeoutError as error:
             logs = [path.read_text() for path in sorted(self.directory.glob("*.log"))]
             raise AssertionError(f"{error}; there are {self.lines()}\n{''.join(logs)}") from None

@@ -23,7 +23,8 @@ def main(mode: str, heartbeat_s: float = 10.0, timeout_s: float = 60.0) -> None:
     size = None if "RANK" in os.environ else 3
     if mode == "broken" and size is None:
         sys.exit(3)
-    parallel = ParallelOptions(timeout_s=timeout_s, heartbeat_s=heartbeat_s)
+    collectives = "process_group" if mode == "hang_gloo" else "auto"
+    parallel = ParallelOptions(timeout_s=timeout_s, heartbeat_s=heartbeat_s, collectives=collectives)
     world = World.join(parallel, "cpu", size, [sys.executable, __file__, *sys.argv[1:]])
     try:
         mesh = Mesh(world, MeshShape(1, 1, world.size), parallel)
@@ -53,7 +54,7 @@ def misbehave(mode: str) -> None:
         bytearray(1 << 60)
     if mode == "tensor_memory":
         torch.empty(1 << 58, dtype=torch.uint8)
-    while mode == "hang":
+    while mode.startswith("hang"):
         pass
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_infer.config.parallel import ParallelOptions
-from dist_infer.distributed.collectives import Communicator, ProcessGroup, SingleRank
+from dist_infer.distributed.collectives import CollectiveTimeout, Communicator, ProcessGroup, SingleRank
 from dist_infer.distributed.mesh import Mesh, MeshShape
 from dist_infer.distributed.shared_memory import SLOT, SharedMemory
 from dist_infer.distributed.world import World
@@ -175,7 +175,7 @@ def check_late_rank() -> str:
         mesh = Mesh(world, MeshShape(1, 1, 3), ParallelOptions(timeout_s=0.3, collectives="shared_memory"))
         message = ""
         if world.rank != 2:
-            with pytest.raises(TimeoutError) as caught:
+            with pytest.raises(CollectiveTimeout) as caught:
                 mesh.tp.barrier()
             message = str(caught.value)
         world.exchange("done", None)

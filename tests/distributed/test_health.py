@@ -19,9 +19,11 @@ import torch
 import torch.distributed as dist
 
 from dist_infer.config.parallel import ParallelOptions
+from dist_infer.distributed.clock import OwnClock
 from dist_infer.distributed.health import RankFailure, Watchdog
 from dist_infer.distributed.host import Host
 from dist_infer.distributed.mesh import Mesh, MeshShape
+from dist_infer.distributed.neighbours import Neighbours
 from dist_infer.distributed.world import World
 from tests.distributed.test_launch import assert_gone, start_alone
 from tests.ranks import PRELOAD, Ranks
@@ -161,7 +163,8 @@ def test_stopped_rank_of_our_own_leaves_nothing(victim: int) -> None:
     [
         ("python_memory", "failed: MemoryError"),
         ("tensor_memory", "memory"),
-        ("hang", "rank 2 did not come to a collective within parallel.timeout_s=1 s"),
+        ("hang", "did not come to a collective in time: it was in misbehave (alone.py:"),
+        ("hang_gloo", "did not come to a collective in time: it was in misbehave (alone.py:"),
     ],
 )
 def test_a_rank_without_memory_or_end_is_named(mode: str, said: str) -> None:
@@ -169,7 +172,7 @@ def test_a_rank_without_memory_or_end_is_named(mode: str, said: str) -> None:
     out, err = process.communicate(timeout=60)
     last, pids = err.strip().splitlines()[-1], json.loads(out)["pids"]
     assert process.returncode == 1
-    assert said in last and "rank 2" in last
+    assert f"rank 2 (host {HERE.name}, pid {pids[2]})" in last and said in last
     assert_gone(pids)
 
 
@@ -243,6 +246,8 @@ def check_orderly() -> None:
 class Aborted(threading.Event):
     """Stands in for a communicator: set when aborted."""
 
+    waiting = False
+
     def abort(self, error: Exception) -> None:
         self.set()
 
@@ -265,3 +270,25 @@ def test_silent_host_is_named() -> None:
     with pytest.raises(RankFailure, match=r"rank 1 \(host far, pid \d+\) was silent for 0.4 s"):
         watchdog.check()
     watchdog.stop()
+
+
+def test_a_kill_for_lack_of_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = iter([4, 4, 5])
+    monkeypatch.setattr("dist_infer.distributed.neighbours._killed_for_memory", lambda: next(killed))
+    neighbours = Neighbours(0, [HERE, HERE], None)
+    assert neighbours.death(1) == "died without a word: killed, or out of memory"
+    assert neighbours.death(1).endswith("; the kernel has killed for lack of memory on this host since the run began")
+
+
+def test_time_in_which_a_process_does_not_run_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 50.0
+    monkeypatch.setattr("dist_infer.distributed.clock.time.monotonic", lambda: now)
+    clock = OwnClock(most_s=1.0)
+    now += 0.5
+    assert clock.read() == 0.5
+    now += 3600.0  # Ctrl-Z, lunch, fg
+    assert clock.read() == 1.5
+    now += 0.25
+    assert clock.read(standing=True) == 1.5
+    now += 0.25
+    assert clock.read() == 1.75

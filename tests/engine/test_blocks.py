@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_infer.engine.blocks import BlockAllocator, chain_hash
+from dist_infer.engine.blocks import BlockAllocator, chain_hashes
 
 KEYS = [bytes([i]) * 16 for i in range(10)]
 
@@ -130,6 +130,14 @@ def test_check_finds_what_is_wrong() -> None:
 
 
 def test_a_hash_tells_tokens_their_order_and_all_before() -> None:
-    hashes = {chain_hash(before, tokens) for before in (b"", KEYS[0]) for tokens in ([1, 2], [2, 1], [1, 2, 3], [258])}
+    blocks = [[1, 2], [2, 1], [1, 2, 3], [258]]
+    hashes = {chain_hashes(before, tokens, len(tokens))[0] for before in (b"", KEYS[0]) for tokens in blocks}
     assert len(hashes) == 8
-    assert chain_hash(KEYS[0], [1, 2]) == chain_hash(KEYS[0], (1, 2))
+    assert chain_hashes(KEYS[0], [1, 2], 2) == chain_hashes(KEYS[0], (1, 2), 2)
+
+
+def test_hashes_go_on_where_they_ended_and_leave_out_a_block_that_is_not_full() -> None:
+    whole = chain_hashes(b"", [1, 2, 3, 4, 5, 6, 7], 2)
+    first = chain_hashes(b"", [1, 2, 3, 4], 2)
+    assert whole == [*first, *chain_hashes(first[-1], [5, 6], 2)]
+    assert chain_hashes(b"", [1], 2) == []

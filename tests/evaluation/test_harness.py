@@ -183,6 +183,17 @@ def test_evaluations(session: Session, hf: HFLM, options: EvalOptions) -> None:
                     assert score == pytest.approx(wanted, abs=1e-4) and greedy == also
 
 
+def test_an_evaluation_leaves_nothing_in_the_tasks(session: Session) -> None:
+    base = {"tasks": ["quickstart"], "include_path": OWN, "limit": 2, "bootstrap_iters": 0}
+    several = [EvalOptions(**base, num_fewshot=0), EvalOptions(**base, num_fewshot=2, gen_kwargs={"max_gen_toks": 3}), EvalOptions(**base)]
+    shared = check_tasks(several[0])
+    for options in several:
+        own = check_tasks(options)
+        again, alone = (evaluate(options, model_of(session), tasks) for tasks in (shared, own))
+        assert again["samples"] == alone["samples"] and again["configs"] == alone["configs"]
+    assert again["n-shot"] == {"quickstart_answers": 0, "quickstart_choices": 0}
+
+
 def test_perplexity(session: Session, hf: HFLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a local file, with a standard error, for which no process is forked and nothing printed on standard output."""
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{text} {i}"}) + "\n" for i, text in enumerate(TEXTS * 2)))
@@ -238,6 +249,10 @@ def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
     assert main(arguments) == MISTAKE
     assert "it holds a results.json already" in capsys.readouterr().err
+    (tmp_path / "a/out/results.json").rename(tmp_path / "first.json")
+    assert main(arguments) == 0  # as after a cut: all is in the journal
+    assert "40/40 requests (100%) | 40 from the journal" in capsys.readouterr().err
+    assert json.loads((tmp_path / "a/out/results.json").read_text())["results"] == results["results"]
 
 
 class Recorder:

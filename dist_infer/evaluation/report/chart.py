@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dist_infer.evaluation.report.entry import Entry, Line, Measure
+from dist_infer.evaluation.report.entry import Entry, Line, Measure, shortened
 
 WIDTH = 420
 HEIGHT = 250  # of curves; rows of a dot chart make its height
@@ -15,7 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 36
 ROW = 24
 NAMES = 160  # width of the names beside a dot chart
 NAME_LENGTH = 24
-LOGARITHMIC = 30  # steps that span this factor are drawn on a logarithmic axis
+LOGARITHMIC = 30  # steps that span this factor, most of them near the first, are drawn on a logarithmic axis
 DODGE = 4  # lines whose bars would cover each other are moved apart by this
 
 MARKERS = ("M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z", "M-3.6,-3.6h7.2v7.2h-7.2z", "M0,-5L5,4H-5z", "M0,-5.5L5,0L0,5.5L-5,0z", "M0,5L5,-4H-5z")
@@ -88,7 +88,8 @@ def curves(measure: Measure, lines: list[Line]) -> Chart | None:
     if len(steps) < 2:
         return None
     low, high, y_values = _value_axis([entry for _, _, entries in held for entry in entries], measure)
-    logarithmic = steps[0] > 0 and steps[-1] / steps[0] >= LOGARITHMIC
+    crowded = steps[len(steps) // 2] - steps[0] < 0.15 * (steps[-1] - steps[0])
+    logarithmic = steps[0] > 0 and steps[-1] / steps[0] >= LOGARITHMIC and crowded
     place_x = _scale(steps[0], steps[-1], LEFT + 10, WIDTH - RIGHT - 10, logarithmic)
     place_y = _scale(low, high, HEIGHT - BOTTOM, TOP)
     traces = []
@@ -140,7 +141,7 @@ def rows(measure: Measure, lines: list[Line], stepped: bool) -> Chart | None:
             _round(place(value.value - bar)),
             _round(place(value.value + bar)),
             f"{name}: {value}",
-            name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH // 2 - 1]}…{name[-NAME_LENGTH // 2 :]}",
+            shortened(name, NAME_LENGTH),
         )
         traces.append(Trace(Style.of(index), name, [dot]))
     return Chart(measure, "rows", base + ROW, traces, [(_round(place(tick)), f"{tick:g}") for tick in values], [], NAMES, base)

@@ -13,6 +13,7 @@ from typing import Any
 from dist_infer.evaluation.report.entry import Entry, Measure, Value
 
 _STEP = re.compile(r"(?:step|checkpoint|ckpt|iter|iteration)s?[-_=]?(\d+)", re.IGNORECASE)
+ENDED_BADLY = ("failed", "stopped", "mistake")
 _NOT_MEASURES = ("name", "alias", "sample_len", "sample_count")
 
 
@@ -79,7 +80,7 @@ def _entry(data: dict[str, Any], file: Path, run: str) -> Entry:
     entry.made_by = _flat(made_by) | {f"versions.{name}": version for name, version in versions.items() if version}
     if not about:
         entry.made_by |= _flat({"model": config.get("model"), "model_args": config.get("model_args")})
-    for task in {measure.task for measure in entry.values}:
+    for task in dict.fromkeys(measure.task for measure in entry.values):
         asked = {"version": "versions", "examples": "n-shot", "hash of the questions": "task_hashes"}
         entry.settings[task] = {word: _dict(data.get(key)).get(task) for word, key in asked.items()}
         entry.settings[task]["number of questions"] = entry.questions.get(task)
@@ -154,7 +155,7 @@ def _ended_badly(directory: Path, newest: str) -> Iterator[str]:
             status = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(status, dict) and status.get("outcome") not in (None, "complete") and not _before(status.get("time"), newest):
+        if isinstance(status, dict) and status.get("outcome") in ENDED_BADLY and not _before(status.get("time"), newest):
             where = f", rank {status.get('rank')} on {status.get('host')}" if status.get("rank") is not None else ""
             why = f": {status['error']}" if status.get("error") else ""
             yield f"{file.parent}: the last run ended as {status['outcome']!r}{where}{why}"

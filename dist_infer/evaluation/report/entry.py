@@ -132,5 +132,10 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def shortened(text: str, most: int) -> str:
+    """`text` without its middle where it is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most - most // 2) :]}"
+
+
 def _short_path(path: str) -> str:
     return "/".join(PurePath(path).parts[-2:])

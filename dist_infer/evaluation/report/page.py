@@ -102,7 +102,7 @@ def _signed(value: float) -> str:
 
 def _breakable(text: str) -> Markup:
     """`text` with places where a narrow column may break it."""
-    return Markup(re.sub(r"(?<=[,=/])(?=.)", "<wbr>", str(escape(text))))
+    return Markup(re.sub(r"(?<=[,/])(?=.)", "<wbr>", str(escape(text))))
 
 
 def _shown(value: Any) -> str:

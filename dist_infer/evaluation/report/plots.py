@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import re
 from pathlib import Path
 from typing import Any
 
-from dist_infer.evaluation.report.entry import Measure
+from dist_infer.evaluation.report.entry import Measure, shortened
 from dist_infer.evaluation.report.overview import Overview
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b0568f", "#8a6d00", "#444444")  # told apart by the colour-blind as well
 MARKERS = "os^Dv"
 DASHES = ((), (7, 4), (2, 3), (9, 3, 2, 3))
 DOTS_PER_INCH = 200
+LONGEST_TITLE, LONGEST_NAME = 60, 36  # characters
 
 
 def write_plots(overview: Overview, directory: Path) -> list[Path]:
@@ -34,9 +36,9 @@ def write_plots(overview: Overview, directory: Path) -> list[Path]:
             axes = figure.subplots()
             if not (_draw_curves(axes, measure, overview) if overview.stepped else _draw_rows(axes, measure, overview, figure)):
                 continue
-            axes.set_title(measure.title or measure.task)
+            axes.set_title(shortened(measure.title or measure.task, LONGEST_TITLE))
             path = _free(directory, measure, paths)
-            partial = path.with_name(f".{path.name}")
+            partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.new")
             figure.savefig(partial, dpi=DOTS_PER_INCH, format="png")
             os.replace(partial, path)
             paths.append(path)
@@ -57,10 +59,10 @@ def _draw_curves(axes: Any, measure: Measure, overview: Overview) -> bool:
             [entry.values[measure].stderr or 0.0 for entry in entries],
             **_style(index),
             dashes=DASHES[index % len(DASHES)],
-            label=line.name,
+            label=shortened(line.name, LONGEST_NAME),
         )
     axes.set_xlabel("training step")
-    axes.set_ylabel(measure.name)
+    axes.set_ylabel(shortened(measure.name, LONGEST_NAME))
     axes.grid(alpha=0.25)
     if drawn > 1:
         axes.legend(fontsize=9, frameon=False)
@@ -73,9 +75,10 @@ def _draw_rows(axes: Any, measure: Measure, overview: Overview, figure: Any) -> 
     for row, entry in enumerate(entries):
         value = entry.values[measure]
         axes.errorbar([value.value], [row], xerr=[value.stderr or 0.0], **_style(0))
-    axes.set_yticks(range(len(entries)), [f"{entry.run}: {entry.label}" if several else entry.label for entry in entries])
+    names = [f"{entry.run}: {entry.label}" if several else entry.label for entry in entries]
+    axes.set_yticks(range(len(entries)), [shortened(name, LONGEST_NAME) for name in names])
     axes.set_ylim(len(entries) - 0.5, -0.5)
-    axes.set_xlabel(measure.name)
+    axes.set_xlabel(shortened(measure.name, LONGEST_NAME))
     axes.grid(alpha=0.25, axis="x")
     figure.set_size_inches(5.2, 1.4 + 0.3 * len(entries))
     return bool(entries)

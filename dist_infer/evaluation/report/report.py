@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +9,9 @@ from dist_infer.evaluation.report.collect import collect
 from dist_infer.evaluation.report.overview import Overview
 from dist_infer.evaluation.report.page import page
 from dist_infer.evaluation.report.plots import write_plots
-from dist_infer.evaluation.report.samples import sheets_of
+from dist_infer.evaluation.report.samples import Sheet, sheets_of
 from dist_infer.evaluation.report.table import comma_separated, table
+from dist_infer.evaluation.whole_file import write_whole
 
 TABLE_WIDTH = 120  # characters
 
@@ -47,23 +47,21 @@ def build_report(directories: list[Path], out: Path, width: int = TABLE_WIDTH) -
         FileNotFoundError: A directory is not there.
         ValueError: There are no results below one.
     """
-    entries, problems = collect(directories)
-    sheets = sheets_of(entries, problems)
-    overview = Overview.of(entries, problems)
+    overview, sheets = read(directories)
     try:
         plots = write_plots(overview, out.parent / "plots")
     except ImportError:
         plots = []
-        problems.append("no PNG files were drawn: matplotlib is not installed; pip install 'dist_infer[eval]'")
-    title = f"Evaluation of {' and '.join(dict.fromkeys(entry.run for entry in entries))}"
-    _write(out, page(overview, sheets, title))
+        overview.problems.append("no PNG files were drawn: matplotlib is not installed; pip install 'dist_infer[eval]'")
+    title = f"Evaluation of {' and '.join(dict.fromkeys(entry.run for entry in overview.entries))}"
+    write_whole(out, [page(overview, sheets, title)])
     summary = out.with_name("summary.csv")
-    _write(summary, comma_separated(overview))
-    return Report(out, plots, summary, table(overview, width), problems)
+    write_whole(summary, [comma_separated(overview)])
+    return Report(out, plots, summary, table(overview, width), overview.problems)
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)
+def read(directories: list[Path]) -> tuple[Overview, list[Sheet]]:
+    """What there is to show of all results below `directories`; raises as `build_report`."""
+    entries, problems = collect(directories)
+    sheets = sheets_of(entries, problems)
+    return Overview.of(entries, problems), sheets

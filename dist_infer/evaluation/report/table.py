@@ -15,6 +15,8 @@ COLUMNS = ("run", "label", "checkpoint", "step", "grid", "task", "metric", "filt
 def table(overview: Overview, width: int) -> str:
     """A row for each entry, a column for each task; cut into several tables where they do not fit `width` characters."""
     several = len({entry.run for entry in overview.entries}) > 1
+    if not overview.main:
+        return f"no scores; generated texts of {len(overview.entries)} checkpoints and settings"
     names = ["", "", *(f"{entry.run}/{entry.label}" if several else entry.label for entry in overview.entries)]
     columns = [_column(overview, measure) for measure in overview.main]
     left = max(map(len, names))

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# dist-infer on this machine with one rank a GPU, or RANKS ranks:
+#   ./launch/single_node.sh sweep configs/sweeps/quickstart.yaml output=outputs/quickstart
+#   RANKS=4 ./launch/single_node.sh generate model.path=runs input=prompts.jsonl output=texts.jsonl
+set -euo pipefail
+venv=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.venv
+[[ -n ${VIRTUAL_ENV:-} || ! -f $venv/bin/activate ]] || source "$venv/bin/activate"
+
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU || true)
+ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
+export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # what torchrun passes on to the ranks
+
+exec torchrun --standalone --nproc-per-node="$ranks" -m dist_infer "$@"
