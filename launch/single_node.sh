@@ -10,6 +10,6 @@ gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU || true)
 ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
-export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # what torchrun passes on to the ranks
+stop=("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout=100) # passed on to the ranks, which then stop between two steps
 
-exec torchrun --standalone --nproc-per-node="$ranks" -m dist_infer "$@"
+exec torchrun --standalone "${stop[@]}" --nproc-per-node="$ranks" -m dist_infer "$@"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from dist_infer.checkpoint.locate import step_numbers
 from dist_infer.cli.arguments import parse
 from dist_infer.cli.ranks import run_on_ranks, say
 from dist_infer.config.options import Options
@@ -73,7 +74,9 @@ class EvalJob:
         made_by["versions"] |= {"lm_eval": importlib.metadata.version("lm_eval")}
         if self.output is not None:
             times = {"started": began.isoformat(timespec="seconds"), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
-            write_results(self.output, results, {"checkpoint": made_by["checkpoint"], "provenance": made_by, **times})
+            path = Path(made_by["checkpoint"])
+            where = {"checkpoint": str(path), "step": next(iter(step_numbers(path)), None), "label": path.name, "grid": {}}
+            write_results(self.output, results, {**where, "provenance": made_by, **times, "attempt": 1})
         print(table(results), flush=True)
         say(summary(session))
 

@@ -59,13 +59,14 @@ def _run(arguments: list[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a prompt or an id may hold half a character
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for training scripts
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d's stack traces would follow the line that says what happened
     try:
         return importlib.import_module(f"dist_infer.cli.{command}").run(rest)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, RuntimeError) as error:
-        status = exit_status(error)
-        return _complain(f"{error}; the same command goes on from here" if status == STOPPED else str(error), status)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        status, text = exit_status(error), str(error) or type(error).__name__
+        return _complain(f"{text}; the same command goes on from here" if status == STOPPED else text, status)
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
 

@@ -63,15 +63,16 @@ class Outcome:
             if there["attempt"] > self.attempt or (self.rank != 0 and there["outcome"] != "running"):
                 return
         with suppress(OSError):
-            self._write(OUTCOMES[status], None if error is None else " ".join(str(error).split()) or type(error).__name__)
+            text = None if error is None else " ".join(str(error).split()) or type(error).__name__
+            self._write(OUTCOMES[status], text, getattr(error, "rank", self.rank))
 
-    def _write(self, outcome: str, error: str | None) -> None:
+    def _write(self, outcome: str, error: str | None, rank: int = 0) -> None:
         assert self.path is not None
         words: dict[str, Any] = {
             "outcome": outcome,
             "requeue": outcome == "stopped",
             "error": error,
-            "rank": self.rank,
+            "rank": rank,
             "host": platform.node(),
             "attempt": self.attempt,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),

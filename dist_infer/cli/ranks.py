@@ -6,10 +6,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+from tqdm import tqdm
+
 from dist_infer.cli.outcome import Outcome
 from dist_infer.config.options import Options
+from dist_infer.distributed.health import RankFailure
 from dist_infer.distributed.launch import RankVariables
-from dist_infer.distributed.logs import console, log_to
+from dist_infer.distributed.logs import RankLog, console
 from dist_infer.distributed.signals import Stopped, StopSignal
 from dist_infer.engine.blueprint import Blueprint
 from dist_infer.engine.session import Session
@@ -35,10 +38,9 @@ def run_on_ranks(
     outcome, stop = Outcome(options.status, rank), StopSignal()
     try:
         outcome.begin()
-        if options.logs is not None:
-            log_to(Path(options.logs), rank)
-        with stop if stoppable else nullcontext(), Recorder(options.journal) as record:
-            _run(options, work, check, record, stop)
+        log = RankLog(Path(options.logs), rank) if options.logs is not None else nullcontext()
+        with log, stop if stoppable else nullcontext(), Recorder(options.journal) as record:
+            _run(options, work, check, record, stop, outcome.end)
     except BaseException as error:
         outcome.end(error)
         raise
@@ -47,9 +49,14 @@ def run_on_ranks(
 
 
 def _run(
-    options: Options, work: Callable[[Session], None], check: Callable[[Blueprint], None] | None, record: Recorder, stop: StopSignal
+    options: Options,
+    work: Callable[[Session], None],
+    check: Callable[[Blueprint], None] | None,
+    record: Recorder,
+    stop: StopSignal,
+    last_words: Callable[[RankFailure], None],
 ) -> None:
-    session = Session(options, lambda: Blueprint.of(options), say=say, check=check, record=record, stop=stop)
+    session = Session(options, lambda: Blueprint.of(options), say=say, check=check, record=record, stop=stop, last_words=last_words)
     try:
         if session.is_conductor:
             work(session)
@@ -66,4 +73,5 @@ def _run(
 
 def say(line: str) -> None:
     """Print a line about the run, apart from its results."""
-    print(f"dist-infer: {line}", file=console(), flush=True)
+    tqdm.write(f"dist-infer: {line}", file=console())  # above a bar, if one is drawn
+    console().flush()

@@ -40,4 +40,6 @@ def _report(directory: Path) -> None:
 
     report = build_report([directory], directory / "report.html")
     print(report.table, flush=True)
+    for problem in report.problems:
+        say(problem)
     say(f"report: {directory / 'report.html'}")

@@ -14,8 +14,8 @@ NOTES = {
     "score": "input=FILE.jsonl output=FILE.jsonl; a line has context and continuation, or context_token_ids and continuation_token_ids.",
     "eval": "Needs model.path and eval.tasks=[a,b]; eval.include_path=DIRECTORY finds task files of your own. output=DIRECTORY gets\n"
     "results.json and samples_TASK.jsonl; a table is printed. sampling.* goes over what tasks say of generation.",
-    "sweep": "dist-infer sweep FILE.yaml output=DIRECTORY: sweep.checkpoints x sweep.grid, each with eval.tasks and sweep.inputs. Each checkpoint is\n"
-    "loaded once; finished requests go to a journal, and the same sweep, started again on any ranks, goes on from there.",
+    "sweep": "The first word may be FILE.yaml. sweep.checkpoints x sweep.grid, each with eval.tasks and sweep.inputs; output=DIRECTORY.\n"
+    "Each checkpoint is loaded once; what is finished is in a journal, and the same sweep, started again on any ranks, goes on from there.",
     "export": "Needs model.path and output=DIRECTORY; format=dcp for DCP, model.dtype to convert. parallel.* says how many ranks write.",
     "report": "DIR holds results of a sweep or an eval, or results_*.json of lm_eval; several are compared with the first. The page\n"
     "goes to DIR/report.html, for several to comparison/report.html; plots/*.png and summary.csv go beside it. No ranks are started.",

@@ -212,7 +212,6 @@ def start_local_ranks(world_size: int, command: Sequence[str], port: int, enviro
     }
     wrapped = [sys.executable, "-I", "-S", "-c", LAUNCH, str(os.getpid()), *command] if sys.platform == "linux" else list(command)
     processes: dict[int, subprocess.Popen[bytes]] = {}
-    console = console_descriptor()
     try:
         for rank in range(1, world_size):
             variables = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}

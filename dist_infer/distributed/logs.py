@@ -16,46 +16,68 @@ from types import TracebackType
 from typing import TextIO
 
 STDOUT, STDERR = 1, 2
+EXPECTED = ValueError | OSError | RuntimeError | KeyboardInterrupt  # those that the program has a line for
 
 
-def log_to(directory: Path, rank: int) -> Path:
-    """Send what this process writes to standard error from now on to `directory/rank_<n>.log`; returns the file.
+class RankLog:
+    """While entered, what this process writes to standard error goes to `directory/rank_<n>.log`.
 
     Of ranks other than 0, which have no results to print, standard output goes there too. Tracebacks of a crash (a segmentation
-    fault as well as a Python exception nobody caught) are in the file; of the exception the console gets one line. A later attempt appends.
+    fault as well as an exception nobody expects) are in the file; of the exception the console gets one line. A later attempt appends.
 
     Args:
         directory: Made if it is not there.
         rank: This rank.
-
-    Raises:
-        OSError: The file cannot be written.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / f"rank_{rank}.log"
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise OSError(f"{directory}: no log file of rank {rank} can be written there ({error.strerror})") from None
-    sys.stderr.flush()
-    sys.stdout.flush()
-    if not is_redirected():
-        # As long as the process.
-        sys.__stderr__ = open(os.dup(STDERR), "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # type: ignore[misc]  # noqa: SIM115
-    os.dup2(file, STDERR)
-    if rank != 0:
-        os.dup2(file, STDOUT)
-    os.close(file)
-    faulthandler.enable(STDERR)
 
-    def report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    def __init__(self, directory: Path, rank: int) -> None:
+        self.path, self.rank = directory / f"rank_{rank}.log", rank
+        self._saved: dict[int, int] = {}
+
+    def __enter__(self) -> RankLog:
+        """Begin.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise OSError(f"{self.path.parent}: no log file of rank {self.rank} can be written there ({error.strerror})") from None
+        assert not is_redirected(), "a process has one log"
+        sys.stderr.flush()
+        sys.stdout.flush()
+        self._console = sys.__stderr__
+        sys.__stderr__ = open(os.dup(STDERR), "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # type: ignore[misc]
+        for number in (STDERR,) if self.rank == 0 else (STDERR, STDOUT):
+            self._saved[number] = os.dup(number)
+            os.dup2(file, number)
+        os.close(file)
+        faulthandler.enable(STDERR)
+        self._hook, sys.excepthook = sys.excepthook, self._report
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        os.write(STDERR, f"--- {began} rank {self.rank} on host {platform.node()}, pid {os.getpid()}\n".encode())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """All is as before; but not for an exception that ends the process: its traceback is for the file."""
+        if not isinstance(error, EXPECTED | None):
+            return
+        sys.stderr.flush()
+        sys.stdout.flush()
+        for number, saved in self._saved.items():
+            os.dup2(saved, number)
+            os.close(saved)
+        console, sys.__stderr__ = sys.__stderr__, self._console  # type: ignore[misc]
+        if console is not None:
+            console.close()
+        faulthandler.disable()
+        sys.excepthook = self._hook
+
+    def _report(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         sys.__excepthook__(kind, error, traceback)
-        print(f"dist-infer: error: rank {rank}: {kind.__name__}: {error}; traceback in {path}", file=console(), flush=True)
-
-    sys.excepthook = report
-    began = datetime.now(UTC).isoformat(timespec="seconds")
-    os.write(STDERR, f"--- {began} rank {rank} on host {platform.node()}, pid {os.getpid()}\n".encode())
-    return path
+        print(f"dist-infer: error: rank {self.rank}: {kind.__name__}: {error}; traceback in {self.path}", file=console(), flush=True)
 
 
 def console() -> TextIO:
@@ -69,5 +91,5 @@ def console_descriptor() -> int:
 
 
 def is_redirected() -> bool:
-    """Whether `log_to` was called in this process."""
+    """Whether this process writes to a `RankLog`."""
     return sys.__stderr__ is not None and sys.__stderr__.fileno() != STDERR

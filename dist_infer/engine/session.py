@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_infer.config.options import Options
+from dist_infer.distributed.health import RankFailure
 from dist_infer.distributed.launch import RankVariables
 from dist_infer.distributed.mesh import Mesh, MeshShape, choose_mesh
 from dist_infer.distributed.signals import Stopped, StopSignal
@@ -51,6 +52,7 @@ class Session:
         weights: Whole tensors in memory, by canonical name, instead of a checkpoint.
         record: Called on every leader with the results its own replica finished, as they come.
         stop: Looked at between steps on every leader; once one has noticed a signal, all stop.
+        last_words: Called with the failure before the watchdog ends a process that hangs.
 
     Raises:
         ValueError, OSError: A user's mistake; on every rank the same.
@@ -67,13 +69,14 @@ class Session:
         weights: Mapping[str, Callable[[], Tensor]] | None = None,
         record: Record | None = None,
         stop: StopSignal | None = None,
+        last_words: Callable[[RankFailure], None] | None = None,
     ) -> None:
         self._alone = RankVariables.read() is None and not dist.is_initialized()
         self.scripted = scripted and not self._alone  # ranks that we start ourselves serve until the end
         self.may_exit = not scripted
         self._say = say or (lambda line: None)
         self._record = record or (lambda results: None)
-        self._stop = stop or StopSignal()
+        self._stop, self._last_words = stop or StopSignal(), last_words
         self.world, found, shape, why = self._meet(options, blueprint, check)
         try:
             self.mesh = Mesh(self.world, shape, options.parallel)
@@ -208,6 +211,7 @@ class Session:
             found = self._check(make, check, None, 1, conductor=True)
             size, command = found[1].size, [sys.executable, "-m", "dist_infer", "worker", json.dumps(options.to_json())]
         world = World.join(options.parallel, options.device, size, command, may_exit=self.may_exit)
+        world.watchdog.last_words = self._last_words
         try:
             error: str | None = None
             try:

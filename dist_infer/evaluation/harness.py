@@ -147,7 +147,8 @@ class HarnessModel(TemplateLM):
         for wanted in (True, False):
             part = [t for t in dict.fromkeys(texts) if wanted == (special if special is not None else not (first and t.startswith(first)))]
             if part:
-                known |= zip(part, self.tokenizer(part, add_special_tokens=wanted)["input_ids"], strict=True)
+                tokens = self.tokenizer(part, add_special_tokens=wanted, return_attention_mask=False)["input_ids"]
+                known |= zip(part, tokens, strict=True)
         return [known[text] for text in texts]
 
     def _pairs(self, texts: Iterable[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:

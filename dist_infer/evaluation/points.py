@@ -16,6 +16,7 @@ from dist_infer.checkpoint.locate import locate, step_numbers, steps_of
 from dist_infer.config.options import Options
 
 GRIDDED = ("sampling", "eval")  # sections whose options a grid may vary
+FIXED = ("eval.tasks", "eval.include_path")  # loaded once for all points
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _settings(options: Options) -> Iterator[dict[str, Any]]:
     for key, values in grid.items():
         section, _, name = key.partition(".")
         known = [item.name for item in fields(getattr(options, section))] if section in GRIDDED else []
-        if name not in known:
+        if name not in known or key in FIXED:
             raise ValueError(
                 f"sweep.grid: {key}: must be an option of {' or '.join(GRIDDED)}, such as sampling.temperature or eval.num_fewshot"
             )

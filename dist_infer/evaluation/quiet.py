@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 from unittest.mock import patch
 
 import lm_eval.api.task
@@ -26,7 +27,8 @@ def quiet(least: int = logging.WARNING) -> Iterator[None]:
     log.setLevel(max(level, least))
     try:
         with (
-            patch.object(lm_eval.api.task, "tqdm", functools.partial(tqdm, disable=True)),
+            patch.object(lm_eval.api.task, "tqdm", _NoBar),
+            patch("tqdm.tqdm", _NoBar),  # for what is imported late
             patch("torch.utils.collect_env.get_pretty_env_info", _environment),
             patch.dict(os.environ, DISABLE_MULTIPROC="1"),
             contextlib.redirect_stdout(sys.stderr),
@@ -34,6 +36,13 @@ def quiet(least: int = logging.WARNING) -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
+
+
+class _NoBar(tqdm):
+    """A bar that is never drawn."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **{**named, "disable": True})
 
 
 @functools.cache

@@ -20,6 +20,7 @@ class RequestFile:
         requests: By index, with their keys.
         refused: The results of lines that hold no request.
         line_numbers: Of each index.
+        prompts: Those that are text, by index.
 
     Args:
         path: The file.
@@ -35,6 +36,7 @@ class RequestFile:
         self.requests: dict[int, Request] = {}
         self.refused: list[Result] = []
         self.line_numbers: list[int] = []
+        self.prompts: dict[int, str] = {}
         with open(path, encoding="utf-8", errors="strict") as file:
             for number, text in enumerate(_lines(file, path), 1):
                 if text.strip():
@@ -79,6 +81,8 @@ class RequestFile:
                 identifier = str(data["id"])
             request = self.requests[index] = make(data, index)
             request.key = request.key_for(identity)
+            if isinstance(data.get("prompt"), str):
+                self.prompts[index] = data["prompt"]
         except ValueError as error:
             self.refused.append(Result(identifier, index, error=str(error)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from dist_infer.engine.report import provenance
 from dist_infer.engine.resident import succeed
 from dist_infer.engine.session import Session
 from dist_infer.evaluation.executor import Executor
-from dist_infer.evaluation.harness import HarnessModel, evaluate
+from dist_infer.evaluation.harness import HarnessModel, check_model, evaluate
 from dist_infer.evaluation.journal import Journal
 from dist_infer.evaluation.points import Point, points, share_of
 from dist_infer.evaluation.progress import Progress
@@ -82,6 +83,9 @@ class Sweep:
             path = str(point.path)
             if path not in self._blueprints:
                 self._blueprints[path] = succeed(blueprint, path)
+        if self._tasks is not None:
+            for settings in {json.dumps(point.grid): point for point in self.points}.values():
+                check_model(settings.options.eval, self._blueprint(settings), self._tasks)
         for name in blueprint.options.sweep.inputs:
             file = self._requests(name, self._blueprint(self.points[0]))
             if not file.requests:
@@ -134,12 +138,15 @@ class Sweep:
         identity, started = blueprint.checkpoint.identity, _now()
         directory.mkdir(parents=True, exist_ok=True)
         made_by = provenance(session, blueprint)
+        made_by["versions"] |= {"lm_eval": importlib.metadata.version("lm_eval")}
         attempt = int(os.environ.get("SLURM_RESTART_COUNT") or 0) + 1
         for name in point.options.sweep.inputs:
             file = self._requests(name, blueprint)
             results = {result.index: result for result in [*executor.run(list(file.requests.values())), *file.refused]}
-            lines = (json.dumps(file.line(results[index], attempt, made_by), ensure_ascii=False) for index in range(len(file)))
-            write_whole(directory / f"outputs_{Path(name).stem}.jsonl", (line + "\n" for line in lines))
+            lines = (file.line(results[index], attempt, made_by) for index in range(len(file)))
+            shown = ({"prompt": file.prompts[line["index"]]} | line if line["index"] in file.prompts else line for line in lines)
+            texts = (json.dumps(line, ensure_ascii=False) + "\n" for line in shown)
+            write_whole(directory / f"outputs_{Path(name).stem}.jsonl", texts)
         found: dict[str, Any] = {"results": {}}
         if self._tasks is not None:
             assert session.engine is not None

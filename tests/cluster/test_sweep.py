@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.cluster import Cluster, Job, until
-from tests.cluster.sweeps import REQUESTS, STEPS, Sweep, assert_same
+from tests.cluster.sweeps import OTHER_MESH, REQUESTS, STEPS, TOLERANCE, Sweep, assert_same
 
 pytestmark = pytest.mark.xdist_group("cluster")
 
@@ -34,11 +34,11 @@ def sweep(cluster: Cluster, tmp_path: Path) -> Iterator[Sweep]:
     yield Sweep(cluster, tmp_path)
 
 
-def assert_went_on(job: Job, sweep: Sweep, undisturbed: Sweep) -> None:
+def assert_went_on(job: Job, sweep: Sweep, undisturbed: Sweep, tolerance: float = TOLERANCE) -> None:
     """The job ends, after at least one more attempt, with the results of the sweep that was left alone, and little computed twice."""
     job.wait(LIMIT_S)
     assert int(job.show()["Restarts"]) >= 1, job.log()
-    assert_same(sweep, undisturbed)
+    assert_same(sweep, undisturbed, tolerance)
     assert sweep.lines() - len(sweep.requests()) <= IN_FLIGHT
 
 
@@ -51,12 +51,12 @@ def test_left_alone(undisturbed: Sweep) -> None:
     assert (undisturbed.output / "report.html").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_end_of_the_time(sweep: Sweep, undisturbed: Sweep, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "tolerance"), [(1, OTHER_MESH), pytest.param(2, TOLERANCE, marks=pytest.mark.long)])
+def test_end_of_the_time(sweep: Sweep, undisturbed: Sweep, ranks: int, tolerance: float) -> None:
     job = sweep.submit(f"--ntasks-per-node={ranks}")
     sweep.reach(EARLY)
     job.cancel("--signal=USR1", "--batch")
-    assert_went_on(job, sweep, undisturbed)
+    assert_went_on(job, sweep, undisturbed, tolerance)
     assert "SIGUSR1" in job.log()
 
 
@@ -135,22 +135,24 @@ def test_full_disk(cluster: Cluster, tmp_path: Path, undisturbed: Sweep) -> None
 
 
 @pytest.mark.long
-def test_other_world_and_mesh(sweep: Sweep, undisturbed: Sweep) -> None:
+@pytest.mark.parametrize(("nodes", "ranks", "tp", "tolerance"), [(3, 2, 2, TOLERANCE), (1, 3, 1, OTHER_MESH)])
+def test_other_world_and_mesh(sweep: Sweep, undisturbed: Sweep, nodes: int, ranks: int, tp: int, tolerance: float) -> None:
     job = sweep.submit()
     sweep.reach(EARLY)
     job.cancel()
     job.wait(60.0, "CANCELLED")
     before = sweep.lines()
-    sweep.submit("--nodes=1", "--ntasks-per-node=3", options=("parallel.tp=1",)).wait(LIMIT_S)
     assert before < REQUESTS
-    assert_same(sweep, undisturbed)
+    sweep.submit(f"--nodes={nodes}", f"--ntasks-per-node={ranks}", options=(f"parallel.tp={tp}",)).wait(LIMIT_S)
+    assert_same(sweep, undisturbed, tolerance)
     assert sweep.lines() - len(sweep.requests()) <= IN_FLIGHT
 
 
 @pytest.mark.long
-def test_tensor_parallel_over_the_nodes(sweep: Sweep, undisturbed: Sweep) -> None:
-    sweep.submit(options=("parallel.tp=2", "parallel.fsdp=2")).wait(LIMIT_S)
-    assert_same(sweep, undisturbed)
+@pytest.mark.parametrize("mesh", [("parallel.tp=2", "parallel.fsdp=2"), ("parallel.tp=4",)])
+def test_mesh_over_the_nodes(sweep: Sweep, undisturbed: Sweep, mesh: tuple[str, ...]) -> None:
+    sweep.submit(options=mesh).wait(LIMIT_S)
+    assert_same(sweep, undisturbed, OTHER_MESH)
 
 
 @pytest.mark.long

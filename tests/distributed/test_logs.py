@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from dist_infer.distributed.logs import console, console_descriptor, is_redirected, log_to
+from dist_infer.distributed.logs import RankLog, console, console_descriptor, is_redirected
 
 PROGRAM = """
 import os, subprocess, sys, warnings
 from pathlib import Path
-from dist_infer.distributed.logs import console, console_descriptor, log_to
-log_to(Path(sys.argv[1]), int(sys.argv[2]))
+from dist_infer.distributed.logs import RankLog, console, console_descriptor
+RankLog(Path(sys.argv[1]), int(sys.argv[2])).__enter__()
 print("a result")
 print("read me", file=console())
 warnings.warn("python warns")
@@ -57,10 +58,22 @@ def test_a_crash_leaves_its_stack_and_a_later_attempt_appends(tmp_path: Path) ->
 def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file")
     with pytest.raises(OSError, match=r"logs: no log file of rank 0 can be written there \(File exists\)"):
-        log_to(tmp_path / "logs", 0)
+        RankLog(tmp_path / "logs", 0).__enter__()
 
 
 def test_nothing_changes_before(capsys: pytest.CaptureFixture[str]) -> None:
     assert not is_redirected() and console_descriptor() == 2
     print("seen", file=console())
     assert capsys.readouterr().err == "seen\n"
+
+
+def test_all_is_as_before_afterwards(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="a mistake"), RankLog(tmp_path, 1) as log:
+        os.write(1, b"noise\n")
+        os.write(2, b"more\n")
+        print("seen", file=console())
+        raise ValueError("a mistake")
+    assert not is_redirected()
+    os.write(2, b"again\n")
+    assert capfd.readouterr() == ("", "seen\nagain\n")
+    assert "noise" in log.path.read_text() and "more" in log.path.read_text()

@@ -217,7 +217,8 @@ def test_standard_errors_fork_nothing(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr("multiprocessing.Pool", None)
     with quiet():
         assert lm_eval.api.metrics.bootstrap_stderr(max, [1.0, 2.0, 3.0], iters=10) > 0
-    assert capsys.readouterr().out == ""
+    said = capsys.readouterr()
+    assert said.out == "" and "it/s" not in said.err
 
 
 def test_plugin(hf: HFLM) -> None:
@@ -240,7 +241,12 @@ def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert results["results"]["quickstart_choices"]["acc,none"] > 0.5 and "samples" not in results
     assert results["n-samples"]["quickstart_answers"]["effective"] == 8 and results["versions"]["quickstart_answers"] == 1.0
     about = results["dist_infer"]
-    assert about["checkpoint"] == str(STEP) and about["provenance"]["identity"] and about["provenance"]["versions"]["lm_eval"]
+    assert (
+        about["checkpoint"] == str(STEP)
+        and about["step"] == 200
+        and about["provenance"]["identity"]
+        and about["provenance"]["versions"]["lm_eval"]
+    )
     assert results["config"]["model_sha"] == about["provenance"]["identity"]
     samples = [json.loads(line) for line in (tmp_path / "a/out/samples_quickstart_choices.jsonl").read_text().splitlines()]
     assert [sample["doc_id"] for sample in samples] == list(range(8)) and "gen_args_3" in samples[0]["arguments"]
@@ -294,6 +300,14 @@ def test_keys_and_seeds_depend_on_what_is_asked_alone() -> None:
     # What the user says of sampling goes over what a task says.
     warm = [request for request in recorded("sampling.temperature=0.5").values() if request.score_from is None]
     assert {request.params.temperature for request in warm} == {0.5}
+
+
+def test_stop_sequences_that_are_special_tokens_stop_by_id() -> None:
+    recorder = Recorder()
+    model = HarnessModel(Intake(Blueprint.of(read_options(FLOAT32))), recorder, 256)
+    model.generate_until(instances("generate_until", [("What", {"until": ["<pad>", "\n"], "max_gen_toks": 4})]))
+    params = recorder.requests[0].params
+    assert params.stop == ["<pad>", "\n", "</s>"] and params.stop_token_ids == [2, 1]  # they give no text
 
 
 def test_a_failed_request_is_named(session: Session) -> None:

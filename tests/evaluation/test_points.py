@@ -93,6 +93,7 @@ def test_shares_part_the_checkpoints() -> None:
         ([f"sweep.checkpoints=[{RUN}]", "sweep.steps=5-"], "sweep.steps=5-: write steps as"),
         ([f"sweep.checkpoints=[{RUN}]", "sweep.grid={parallel.tp: [1]}"], "parallel.tp: must be an option of sampling or eval"),
         ([f"sweep.checkpoints=[{RUN}]", "sweep.grid={sampling.sed: [1]}"], "sampling.sed: must be"),
+        ([f"sweep.checkpoints=[{RUN}]", "sweep.grid={eval.tasks: [[a], [b]]}"], "eval.tasks: must be"),
         ([f"sweep.checkpoints=[{RUN}]", "sweep.grid={sampling.seed: []}"], "give at least one value"),
         ([f"sweep.checkpoints=[{RUN}]", "sweep.grid={sampling.seed: [1, 1]}"], "two of the values are the same"),
         ([f"sweep.checkpoints=[{RUN}]", "sweep.grid={sampling.temperature: [-1]}"], "sampling.temperature=-1: must be at least 0"),
@@ -107,5 +108,5 @@ def test_mistakes(overrides: list[str], message: str) -> None:
 
 @pytest.mark.parametrize("share", ["1", "2/2", "a/b", "-1/2"])
 def test_a_share_that_is_none(share: str) -> None:
-    with pytest.raises(ValueError, match="sweep.share"):
+    with pytest.raises(ValueError, match=r"sweep\.share"):
         share_of([Point(RUN, None, "x", {}, Options())], share)

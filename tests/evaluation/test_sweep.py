@@ -80,11 +80,11 @@ def test_a_sweep_generates_from_prompt_files(done: Path) -> None:
     assert answers[0]["provenance"]["checkpoint"] == f"{RUN}/step_800"
 
 
-def test_what_is_done_is_not_done_again(done: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_done_is_not_done_again(done: Path, prompts: Path, capfd: pytest.CaptureFixture[str]) -> None:
     same = ("sweep.steps=50,800", "eval.limit=8", f"sweep.inputs=[{prompts}]")
     before, results = parts(done), (done / "step_50" / "results.json").read_bytes()
     assert sweep(done, *same) == 0
-    assert "2 of 2 points are done" in capsys.readouterr().err
+    assert "2 of 2 points are done" in capfd.readouterr().err
     assert (done / "step_50" / "results.json").read_bytes() == results
     samples = (done / "step_50" / "samples_quickstart_choices.jsonl").read_bytes()
     (done / "step_50" / "results.json").unlink()
@@ -103,10 +103,10 @@ def test_a_point_made_by_other_settings_is_made_anew(done: Path, tmp_path: Path)
     ) + (1 + 4), "only what is new was run"
 
 
-def test_a_grid_loads_each_checkpoint_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_grid_loads_each_checkpoint_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     grid = "sweep.grid={sampling.seed: [1, 2], sampling.temperature: [0, 0.9]}"
     assert sweep(tmp_path / "grid", "sweep.steps=50,100", "eval.limit=2", "eval.tasks=[quickstart_answers]", grid) == 0
-    assert "weights were loaded 2 times for 2 checkpoints" in capsys.readouterr().err
+    assert "weights were loaded 2 times for 2 checkpoints" in capfd.readouterr().err
     found = {path.name for path in (tmp_path / "grid").iterdir() if path.is_dir()}
     assert {
         f"step_{step},sampling.seed={seed},sampling.temperature={t}" for step in (50, 100) for seed in (1, 2) for t in ("0", "0.9")
@@ -119,10 +119,10 @@ def test_a_grid_loads_each_checkpoint_once(tmp_path: Path, capsys: pytest.Captur
     assert texts[0] != texts[1], "seeds matter"
 
 
-def test_shares_make_the_report_of_the_whole(done: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shares_make_the_report_of_the_whole(done: Path, prompts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output, same = tmp_path / "array", ("sweep.steps=50,800", "eval.limit=8", f"sweep.inputs=[{prompts}]")
     assert sweep(output, *same, "sweep.share=1/2") == 0
-    assert "the last one to end makes the report" in capsys.readouterr().err
+    assert "the last one to end makes the report" in capfd.readouterr().err
     assert not (output / "report.html").exists()
     assert sweep(output, *same, "sweep.share=0/2") == 0
     assert (output / "report.html").exists()
@@ -177,9 +177,9 @@ def test_a_signal_stops_it_and_other_ranks_go_on(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_told_before_weights_are_read(
-    overrides: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    overrides: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert sweep(tmp_path / "never", *overrides) == 2
-    said = capsys.readouterr().err.strip()
+    said = capfd.readouterr().err.strip()
     assert message in said and "\n" not in said
     assert not list(tmp_path.glob("never/step_*"))
