@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dist_infer.cli.outcome import Outcome
 from dist_infer.config.options import Options
-from dist_infer.distributed.health import RankFailure
 from dist_infer.distributed.launch import RankVariables
 from dist_infer.distributed.logs import RankLog, console
 from dist_infer.distributed.signals import Stopped, StopSignal
@@ -24,6 +24,7 @@ def run_on_ranks(
     work: Callable[[Session], None],
     check: Callable[[Blueprint], None] | None = None,
     stoppable: bool = False,
+    tolerant: bool = False,
 ) -> int:
     """Open a session, run `work` with it on the conductor, and close it in any case.
 
@@ -32,6 +33,7 @@ def run_on_ranks(
         work: What the command is for.
         check: Cheap checks on the conductor, before any rank is started or weight read.
         stoppable: SIGTERM and SIGUSR1 stop the run between two steps; else they have their usual meaning.
+        tolerant: A damaged checkpoint does not end the run; what is asked of it fails.
     """
     variables = RankVariables.read()
     rank = variables.rank if variables is not None else 0
@@ -40,7 +42,8 @@ def run_on_ranks(
         outcome.begin()
         log = RankLog(Path(options.logs), rank) if options.logs is not None else nullcontext()
         with log, stop if stoppable else nullcontext(), Recorder(options.journal) as record:
-            _run(options, work, check, record, stop, outcome.end)
+            make = partial(Session, options, lambda: Blueprint.of(options), say=say, check=check, record=record, stop=stop)
+            _run(make(last_words=outcome.end, tolerant=tolerant), work)
     except BaseException as error:
         outcome.end(error)
         raise
@@ -48,15 +51,7 @@ def run_on_ranks(
     return 0
 
 
-def _run(
-    options: Options,
-    work: Callable[[Session], None],
-    check: Callable[[Blueprint], None] | None,
-    record: Recorder,
-    stop: StopSignal,
-    last_words: Callable[[RankFailure], None],
-) -> None:
-    session = Session(options, lambda: Blueprint.of(options), say=say, check=check, record=record, stop=stop, last_words=last_words)
+def _run(session: Session, work: Callable[[Session], None]) -> None:
     try:
         if session.is_conductor:
             work(session)

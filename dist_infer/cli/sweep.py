@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
         else:
             say(f"{sweep.output}: this share is done; the last one to end makes the report")
 
-    return run_on_ranks(begun, work, sweep.check, stoppable=True)
+    return run_on_ranks(begun, work, sweep.check, stoppable=True, tolerant=True)
 
 
 def _report(directory: Path) -> None:

@@ -20,6 +20,6 @@ class EvalOptions:
     system_instruction: str | None = option(None, "system message, or text before each question")
     fewshot_as_multiturn: bool = option(True, "with chat_template: each example is a turn of the conversation")
     gen_kwargs: dict[str, Any] = option({}, "over the tasks' own settings of generation, such as {max_gen_toks: 64}")
-    bootstrap_iters: int = option(100_000, "samples for standard errors that have no formula", low=0)
+    bootstrap_iters: int = option(10_000, "samples for standard errors that have no formula", low=0)
     log_samples: bool = option(True, "write each question and answer to samples_TASK.jsonl")
     fewshot_seed: int = option(1234, "chooses the examples", low=0)

@@ -143,8 +143,9 @@ class LLM:
         """Go on with the weights of another checkpoint of the same architecture, such as a later step; every rank of a script calls this.
 
         Raises:
-            ValueError, OSError: The checkpoint cannot be used; the present weights stay in use.
-            RankFailure: Loading failed when weights were overwritten already.
+            ValueError, OSError: The checkpoint cannot be used. The present weights stay in use, unless damage was found when they were
+                overwritten already: then another swap must come before anything is asked.
+            RankFailure: A rank failed.
         """
         self._session.swap(str(path))
 

@@ -36,42 +36,57 @@ class Resident:
         shard: The weights.
         content_hash: Hash of all weights, with loader.verify=full.
         loads: How often weights were read.
+        lost: Why there are no weights, if there are none.
         read_bytes, read_seconds: What the last load cost all ranks together, and the slowest.
 
     Args:
         blueprint: What to load.
         world, mesh: Where this rank stands.
         weights: Whole tensors in memory, by canonical name, instead of a checkpoint.
+        tolerant: Damage found in reading is told by `check`, and another checkpoint may be swapped in; else it is raised.
 
     Raises:
-        ValueError, OSError: The checkpoint is damaged.
+        ValueError: The checkpoint is damaged; the same on every rank.
         RankFailure: Another rank failed.
     """
 
-    def __init__(self, blueprint: Blueprint, world: World, mesh: Mesh, weights: Mapping[str, Callable[[], Tensor]] | None = None) -> None:
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        world: World,
+        mesh: Mesh,
+        weights: Mapping[str, Callable[[], Tensor]] | None = None,
+        tolerant: bool = False,
+    ) -> None:
         self.blueprint, self._world, self._mesh = blueprint, world, mesh
         self.content_hash = self._verify(blueprint) if weights is None else None
         self.shard = ModelShard(blueprint.config, mesh, blueprint.dtype, world.device)
         self.shard.decoder.use(self._kernels())  # before weights are packed: some are packed for them
         self.loads, self.read_bytes, self.read_seconds = 0, 0, 0.0
         self._ahead: Prefetch | None = None
-        self._lost: str | None = None  # why there are no weights any more
+        self.lost: str | None = None
         if weights is None:
-            self._read(blueprint, self.shard.load)
+            try:
+                self._read(blueprint, self.shard.load)
+            except ValueError as mistake:
+                if not tolerant:
+                    raise
+                self.lost = str(mistake)
         else:
             self.shard.take(weights)
             self._pack()
 
     def check(self) -> None:
         """Raise RuntimeError if the weights were lost in a swap."""
-        if self._lost is not None:
-            raise RuntimeError(self._lost)
+        if self.lost is not None:
+            raise RuntimeError(self.lost)
 
     def swap(self, path: str) -> str | None:
         """Load the checkpoint at `path`, of the same architecture, over the present weights; every rank calls this.
 
         Returns:
-            Why it is refused, the same on every rank, the present weights staying in use; None when it is done.
+            Why it failed, the same on every rank; None when it is done. The present weights stay in use, unless damage was found
+            only when they were overwritten: then there are none (see `check`) until another swap.
         """
         successor, error = None, None
         try:
@@ -87,9 +102,12 @@ class Resident:
             content = self._verify(successor)
         except ValueError as mistake:
             return str(mistake)
-        self._lost = f"the weights were lost when {path} could not be loaded"
-        self._read(successor, self.shard.refill)
-        self._lost = None
+        self.lost = f"the weights were lost when {path} could not be loaded"
+        try:
+            self._read(successor, self.shard.refill)
+        except ValueError as mistake:
+            return str(mistake)
+        self.lost = None
         self.blueprint, self.content_hash = successor, content
         return None
 
@@ -139,15 +157,24 @@ class Resident:
             raise ValueError(str(error)) from error
 
     def _read(self, blueprint: Blueprint, load: Callable[..., LoadReport]) -> None:
-        """Fill the shard by its method `load` from the blueprint's checkpoint."""
-        began = time.perf_counter()
+        """Fill the shard by its method `load` from the blueprint's checkpoint.
+
+        Raises:
+            ValueError: A rank found damage; the same on every rank.
+        """
+        began, requested, error = time.perf_counter(), 0, None
         with self._progress(blueprint, self.shard.elements, "loading") as bar:
-            report = load(blueprint.checkpoint, blueprint.options.loader, bar.update)
-        self._pack()
-        # The slowest rank's time counts for all.
-        loads = self._world.exchange("loaded", [report.bytes_requested, time.perf_counter() - began])
+            try:
+                requested = load(blueprint.checkpoint, blueprint.options.loader, bar.update).bytes_requested
+                self._pack()
+            except (ValueError, OSError) as mistake:
+                error = str(mistake)
+        loads = self._world.exchange("loaded", [error, requested, time.perf_counter() - began])
+        wrong = next((text for text, _, _ in loads if text is not None), None)
+        if wrong is not None:
+            raise ValueError(wrong)
         self.loads += 1
-        self.read_bytes, self.read_seconds = sum(load[0] for load in loads), max(load[1] for load in loads)
+        self.read_bytes, self.read_seconds = sum(load[1] for load in loads), max(load[2] for load in loads)  # the slowest counts
 
     def _pack(self) -> None:
         if self.blueprint.options.engine.pack_weights:

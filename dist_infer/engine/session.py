@@ -53,6 +53,7 @@ class Session:
         record: Called on every leader with the results its own replica finished, as they come.
         stop: Looked at between steps on every leader; once one has noticed a signal, all stop.
         last_words: Called with the failure before the watchdog ends a process that hangs.
+        tolerant: A damaged checkpoint is no reason to end: see `Resident`. What the conductor says counts for all.
 
     Raises:
         ValueError, OSError: A user's mistake; on every rank the same.
@@ -70,13 +71,14 @@ class Session:
         record: Record | None = None,
         stop: StopSignal | None = None,
         last_words: Callable[[RankFailure], None] | None = None,
+        tolerant: bool = False,
     ) -> None:
         self._alone = RankVariables.read() is None and not dist.is_initialized()
         self.scripted = scripted and not self._alone  # ranks that we start ourselves serve until the end
         self.may_exit = not scripted
         self._say = say or (lambda line: None)
         self._record = record or (lambda results: None)
-        self._stop, self._last_words = stop or StopSignal(), last_words
+        self._stop, self._last_words, self._tolerant = stop or StopSignal(), last_words, tolerant
         self.world, found, shape, why = self._meet(options, blueprint, check)
         try:
             self.mesh = Mesh(self.world, shape, options.parallel)
@@ -172,12 +174,12 @@ class Session:
         Called by every rank of a script, else by the conductor alone.
 
         Raises:
-            ValueError: Requests are running, or the checkpoint cannot be used; the present weights stay in use.
-            RankFailure: A rank failed when weights were overwritten already; in a world of one its own error.
+            ValueError: Requests are running, or the checkpoint cannot be used. The present weights stay in use, unless damage was found
+                when they were overwritten already: then another swap must come before anything is run.
+            RankFailure: A rank failed.
         """
         if self.engine is not None and self.engine.busy:
             raise ValueError(f"swap to {path}: a request is still running; finish or close its stream first")
-        self.resident.check()
         path = os.path.abspath(path) if os.path.exists(path) else path
         if not self.scripted:
             assert self.engine is not None
@@ -219,18 +221,19 @@ class Session:
             except USER_ERRORS as mistake:
                 error = str(mistake)
             identity = found[0].checkpoint.identity if found is not None and found[0].checkpoint is not None else None
-            checked = world.exchange("checks", [error, astuple(found[1]) if found else None, identity])
+            checked = world.exchange("checks", [error, astuple(found[1]) if found else None, identity, self._tolerant])
         except BaseException:
             world.close(failed=True)
             raise
-        wrong = next((text if rank == 0 else f"rank {rank}: {text}" for rank, (text, _, _) in enumerate(checked) if text is not None), None)
+        wrong = next((text if rank == 0 else f"rank {rank}: {text}" for rank, (text, *_) in enumerate(checked) if text is not None), None)
         if wrong is None:
-            other = next((rank for rank, (_, _, there) in enumerate(checked) if there != checked[0][2]), None)
+            other = next((rank for rank, (_, _, there, _) in enumerate(checked) if there != checked[0][2]), None)
             wrong = f"rank {other} finds another checkpoint than rank 0 does: is their file system the same?" if other is not None else None
         if wrong is not None:
             world.close()
             raise ValueError(wrong)
         assert found is not None
+        self._tolerant = checked[0][3]
         # Free memory, which a mesh may depend on, differs from rank to rank: rank 0's choice counts.
         return world, found[0], MeshShape(*checked[0][1]), found[2]
 
@@ -273,7 +276,7 @@ class Session:
     def _load(self, blueprint: Blueprint, weights: Mapping[str, Callable[[], Tensor]] | None) -> None:
         """Weights, KV cache, and on the leader the engine."""
         options, device = blueprint.options, self.world.device
-        self.resident = Resident(blueprint, self.world, self.mesh, weights)
+        self.resident = Resident(blueprint, self.world, self.mesh, weights, self._tolerant)
         decoder = self.resident.shard.decoder
         free = min(self.world.exchange("free memory", free_bytes(device, self.world.local_size)))
         plan = self._plan_kv(blueprint, self.mesh.shape, free)
@@ -298,8 +301,7 @@ class Session:
         with self._guarded():
             wrong = self.resident.swap(path)
             if self.engine is not None:
-                if wrong is None:
-                    self.engine.forget_prefixes()
+                self.engine.forget_prefixes()
                 if not self.scripted:
                     self.engine.resume()
         return wrong

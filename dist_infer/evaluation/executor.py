@@ -12,6 +12,10 @@ from dist_infer.evaluation.journal import Journal
 from dist_infer.evaluation.progress import Progress
 
 
+class CheckpointFailed(Exception):
+    """A checkpoint cannot be used, which says nothing of the others."""
+
+
 class Executor:
     """The conductor's way from requests to results, for one checkpoint after another.
 
@@ -29,7 +33,8 @@ class Executor:
 
     def __init__(self, session: Session, journal: Journal, progress: Progress) -> None:
         self.session, self.journal, self.progress = session, journal, progress
-        self._path = self._loaded = str(session.blueprint.options.model.path)
+        self._path = str(session.blueprint.options.model.path)
+        self._loaded = self._path if session.resident.lost is None else None
         self._then: str | None = None
         self.asked = 0
 
@@ -41,6 +46,7 @@ class Executor:
         """The results of `requests`, which have keys, in their order; requests of one key are run once.
 
         Raises:
+            CheckpointFailed: The checkpoint that is to be asked is damaged.
             Stopped: A signal came; what is finished is in the journal.
             RankFailure: A rank failed.
         """
@@ -73,7 +79,11 @@ class Executor:
 
     def _load(self) -> None:
         if self._path != self._loaded:
-            self.session.swap(self._path)
+            self._loaded = None
+            try:
+                self.session.swap(self._path)
+            except ValueError as error:
+                raise CheckpointFailed(str(error)) from error
             self._loaded = self._path
         if self._then is not None:
             self.session.prefetch(self._then)

@@ -30,6 +30,10 @@ Run = Callable[[list[Request]], list[Result]]
 _log = logging.getLogger(__name__)
 
 
+class RequestFailed(RuntimeError):
+    """A request of an evaluation failed, so that there is no number."""
+
+
 class HarnessModel(TemplateLM):
     """A model for lm-evaluation-harness that scores and generates through the engine.
 
@@ -207,7 +211,7 @@ class HarnessModel(TemplateLM):
         """Results of requests, in their order; what is asked twice runs once.
 
         Raises:
-            RuntimeError: A request failed; the message names task and document.
+            RequestFailed: A request failed; the message names task and document.
         """
         different = list({request.key: request for request in reversed(asked)}.values())[::-1]
         for index, request in enumerate(different):
@@ -215,7 +219,7 @@ class HarnessModel(TemplateLM):
         results = {request.key: result for request, result in zip(different, self._run(different), strict=True)}
         for request in asked:
             if results[request.key].error is not None:
-                raise RuntimeError(f"{request.id}: {results[request.key].error}")
+                raise RequestFailed(f"{request.id}: {results[request.key].error}")
         return [results[request.key] for request in asked]
 
     def _warn_of_cuts(self, cut: Iterable[bool]) -> None:
@@ -262,7 +266,7 @@ def evaluate(options: EvalOptions, model: HarnessModel, tasks: Tasks) -> dict[st
 
     Raises:
         ValueError: A task cannot be run with these options, or on this model.
-        RuntimeError: A request failed.
+        RequestFailed: A request failed.
     """
     tasks.restore()
     check_model(options, model.blueprint, tasks)

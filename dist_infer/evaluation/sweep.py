@@ -18,8 +18,8 @@ from dist_infer.engine.intake import Intake
 from dist_infer.engine.report import provenance
 from dist_infer.engine.resident import succeed
 from dist_infer.engine.session import Session
-from dist_infer.evaluation.executor import Executor
-from dist_infer.evaluation.harness import HarnessModel, check_model, evaluate
+from dist_infer.evaluation.executor import CheckpointFailed, Executor
+from dist_infer.evaluation.harness import HarnessModel, RequestFailed, check_model, evaluate
 from dist_infer.evaluation.journal import Journal
 from dist_infer.evaluation.points import Point, points, share_of
 from dist_infer.evaluation.progress import Progress
@@ -96,6 +96,7 @@ class Sweep:
         """Evaluate every point that is not done yet (on the conductor).
 
         Raises:
+            ValueError: Some points failed, because their checkpoint is damaged or its answers are no numbers; the others are done.
             Stopped: A signal came; the same sweep, started again, goes on from there.
             RankFailure: A rank failed.
         """
@@ -105,15 +106,23 @@ class Sweep:
             self._say(f"{self.output}: {len(self.points) - len(left)} of {len(self.points)} points are done")
         progress = Progress(0, self.output, session.mesh.shape.replicas)
         executor = Executor(session, journal, progress)
+        failed: list[str] = []
         try:
             for number, point in enumerate(left):
                 after = [later.path for later in left[number:] if later.path != point.path]
                 executor.use(str(point.path), str(after[0]) if after else None)
                 progress.checkpoint(point.label)
-                self._evaluate(point, executor, session)
+                try:
+                    self._evaluate(point, executor, session)
+                except (CheckpointFailed, RequestFailed) as error:
+                    failed.append(f"{point.label}: {error}")
+                    self._say(f"failed: {failed[-1]}")
                 progress.expect(executor.asked * (len(left) - number - 1) // (number + 1))
         finally:
             progress.close()
+        if failed:
+            rest = f"; {len(failed) - 1} more failed, see above" if len(failed) > 1 else ""
+            raise ValueError(f"{len(left) - len(failed)} of {len(left)} points are done; {failed[0]}{rest}")
         self._say(f"weights were loaded {session.resident.loads} times for {len({point.path for point in left})} checkpoints")
 
     def finish(self) -> bool:

@@ -12,7 +12,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dist_infer import LLM, SamplingParams
-from dist_infer.distributed.health import RankFailure
 from tests.engine.references import greedy, make_model
 from tests.ranks import Ranks
 
@@ -135,28 +134,38 @@ def damaged(path: Path, target: Path) -> str:
     return str(target)
 
 
-def test_without_weights_nothing_is_answered(checkpoints: list[Path], tmp_path: Path) -> None:
-    with LLM(str(checkpoints[0]), overrides=OPTIONS) as llm:
+def test_without_weights_nothing_is_answered_until_others_come(
+    checkpoints: list[Path], expected: list[list[list[int]]], tmp_path: Path
+) -> None:
+    with LLM(str(checkpoints[0]), tp=2, overrides=OPTIONS) as llm:
+        assert ask(llm) == expected[0]
         with pytest.raises(ValueError, match=r"model\.norm\.weight\[47\] is nan"):
             llm.swap(damaged(checkpoints[1], tmp_path / "damaged"))
         with pytest.raises(RuntimeError, match=r"the weights were lost when .* could not be loaded"):
             ask(llm)
+        llm.swap(str(checkpoints[1]))
+        assert ask(llm) == expected[1]
 
 
-def fail_on_rank(path: str, broken: str) -> str:
-    """How a rank of a script hears of a swap that failed in the middle."""
-    llm = LLM(path, replicas=2, overrides=OPTIONS)
-    try:
-        llm.swap(broken)
-    except (ValueError, RankFailure) as error:
-        llm.__exit__(type(error), error, None)
-        return str(error)
-    return "nothing"
+def fail_on_rank(path: str, broken: str, axes: dict[str, int]) -> list[Any]:
+    """How a rank of a script hears of a swap that failed in the middle, and what it answers when the first weights are back."""
+    with LLM(path, **axes, overrides=OPTIONS) as llm:  # type: ignore[arg-type]
+        try:
+            llm.swap(broken)
+            heard = "nothing"
+        except ValueError as error:
+            heard = str(error)
+        llm.swap(path)
+        return [heard, ask(llm)]
 
 
-def test_a_swap_that_fails_in_the_middle_ends_all_ranks(ranks: Ranks, checkpoints: list[Path], tmp_path: Path) -> None:
-    heard = ranks(2).run(fail_on_rank, str(checkpoints[0]), damaged(checkpoints[1], tmp_path / "damaged"))
-    assert all("model.norm.weight[47] is nan" in text for text in heard)
+@pytest.mark.parametrize("axes", [{"replicas": 2}, {"fsdp": 2}], ids=str)
+def test_all_ranks_hear_of_a_swap_that_fails_in_the_middle(
+    ranks: Ranks, checkpoints: list[Path], expected: list[list[list[int]]], tmp_path: Path, axes: dict[str, int]
+) -> None:
+    heard = ranks(2).run(fail_on_rank, str(checkpoints[0]), damaged(checkpoints[1], tmp_path / "damaged"), axes)
+    assert all("model.norm.weight[47] is nan" in text for text, _ in heard)
+    assert [answer for _, answer in heard] == [expected[0], []]
 
 
 def test_the_configuration_counts_not_the_shapes_alone(checkpoints: list[Path], tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from dist_infer.cli.main import main
 
@@ -162,6 +166,37 @@ def test_a_signal_stops_it_and_other_ranks_go_on(tmp_path: Path) -> None:
         if line["score"] is not None:
             assert merged[key]["score"]["logprob"] == pytest.approx(line["score"]["logprob"], abs=1e-4)
             assert merged[key]["score"]["is_greedy"] == line["score"]["is_greedy"]
+
+
+def test_a_damaged_checkpoint_fails_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", RUN, run], check=True)
+    for step in (50, 400):
+        shutil.rmtree(run / f"step_{step}")
+        damage(run / "step_200", run / f"step_{step}")
+    same = (f"sweep.checkpoints=[{run}]", "sweep.steps=50,100,400,800", "eval.limit=3")
+    for _ in range(2):  # the second time it begins with a damaged one
+        assert sweep(tmp_path / "out", *same) == 2
+        said = capfd.readouterr().err.splitlines()
+        assert "is nan" in said[-1] and "1 more failed" in said[-1]
+    assert metrics(tmp_path / "out", "step_800")["quickstart_choices"]["acc,none"] == 1.0
+    assert not (tmp_path / "out" / "step_50" / "results.json").exists()
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["outcome"] == "mistake"
+
+
+def damage(path: Path, target: Path) -> None:
+    """A copy whose weights hold NaN."""
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.state_dict_metadata.items()
+        if hasattr(entry, "size")
+    }
+    dcp.load(tensors, checkpoint_id=path)
+    next(tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dim() == 2 and "norm" not in name)[0, 0] = (
+        math.nan
+    )
+    dcp.save(tensors, checkpoint_id=target, no_dist=True)
 
 
 @pytest.mark.parametrize(
