@@ -1,9 +1,9 @@
 """Self-attention of a layer over the paged KV cache.
 
 A span that is one token long (decode) is computed with all others of its kind at once: by a
-compiled kernel, or eagerly, where the *queries* are gathered to the blocks they read, so that keys
-and values are multiplied where they lie. Longer spans (prefill) gather their context once and share
-it between all their queries.
+compiled kernel, which short spans take too, token by token, or eagerly, where the *queries* are
+gathered to the blocks they read, so that keys and values are multiplied where they lie. Longer
+spans (prefill) gather their context once and share it between all their queries.
 """
 
 from __future__ import annotations
@@ -143,9 +143,12 @@ class Attention(nn.Module):
         self._enter(qkv, cos, sin, cache, plan)
         q, keys, values = qkv[:, : self.heads], cache.keys[self.layer], cache.values[self.layer]
         mixed = q.new_empty(tokens, self.heads, self.head_dim)
-        if plan.decodes is not None:
-            self._decode(q, keys, values, plan.decodes, mixed)
-        for index, (span, _) in enumerate(plan.prefills):
+        compiled = self.kernels is not None
+        decodes = plan.tokens if compiled else plan.decodes
+        if decodes is not None:
+            self._decode(q, keys, values, decodes, mixed)
+        for index in plan.long if compiled else range(len(plan.prefills)):
+            span, _ = plan.prefills[index]
             rows = slice(span.start, span.start + span.length)
             grouped = self._grouped(q[rows])
             mixed[rows] = self._flat(attend_prefill(grouped, keys, values, plan, index, self.window, self.scale, self.softcap))

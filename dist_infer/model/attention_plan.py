@@ -13,6 +13,7 @@ from torch import Tensor
 from dist_infer.model.cache import KVCache
 
 IntArray = np.ndarray
+SHORT = 16  # spans of so many tokens are read token by token where that is compiled: choices, ends of prompts
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,12 @@ class AttentionPlan:
         slots: [tokens] int64 where keys and values go: block * block_size + offset.
         decodes: The one-token spans, if there are any.
         prefills: Longer spans, each with its blocks as a tensor.
+        long: Those of them that are worth gathering a context for, by their number in `prefills`.
     """
 
     def __init__(self, spans: list[Span], slots: Tensor, block_size: int) -> None:
         self.slots, self._device = slots, slots.device
+        self._spans, self._block_size = spans, block_size
         single = [span for span in spans if span.length == 1]
         self.decodes = Decodes(single, block_size, self._device) if single else None
         self.prefills: list[tuple[Span, Tensor]] = []
@@ -148,8 +151,20 @@ class AttentionPlan:
             if span.length > 1:
                 count = -(-span.context // block_size)
                 self.prefills.append((span, torch.from_numpy(span.blocks[:count].astype(np.int64)).to(self._device)))
+        self.long = [index for index, (span, _) in enumerate(self.prefills) if span.length > SHORT]
         self._prefill_masks: dict[tuple[int, int | None], Tensor] = {}
         self._cache_rows: Tensor | None = None
+
+    @cached_property
+    def tokens(self) -> Decodes | None:
+        """The spans that are not long, each token of theirs a span of its own; None when there are none."""
+        single = [
+            Span(span.start + number, 1, span.context - span.length + 1 + number, span.blocks)
+            for span in self._spans
+            if span.length <= SHORT
+            for number in range(span.length)
+        ]
+        return Decodes(single, self._block_size, self._device) if single else None
 
     def cache_rows(self, cache: KVCache) -> Tensor:
         """`cache.rows` of this step's slots, remembered: every layer asks."""
