@@ -13,7 +13,8 @@ from torch import Tensor
 from dist_infer.model.cache import KVCache
 
 IntArray = np.ndarray
-SHORT = 16  # spans of so many tokens are read token by token where that is compiled: choices, ends of prompts
+# Spans of so many tokens are read token by token where that is compiled: beyond about 400 torch's attention is faster.
+SHORT = 256
 
 
 @dataclass(frozen=True)
@@ -82,21 +83,28 @@ class BlockPairs:
 
 
 class Decodes:
-    """All one-token spans of a step.
+    """The one-token spans of a step.
 
     Attributes:
         rows: [spans] int64, their rows of the flat batch.
-        tables: [spans, width] int32, their block tables; 0 beyond a span's last block.
+        tables: [spans, width] int32, their block tables; what is beyond a span's last block is not read.
         contexts: [spans] int64, tokens each sees.
     """
 
     def __init__(self, spans: list[Span], block_size: int, device: torch.device) -> None:
+        """Of `spans`; of a longer one each token is a span of its own."""
+        lengths = np.array([span.length for span in spans])
         contexts = np.array([span.context for span in spans])
+        counts = -(-contexts // block_size)
+        tables = np.zeros((len(spans), int(counts.max())), dtype=np.int32)
+        for row, (span, count) in enumerate(zip(spans, counts.tolist(), strict=True)):
+            tables[row, :count] = span.blocks[:count]
+        owner = np.repeat(np.arange(len(spans)), lengths)
+        token = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # its place in its span
+        contexts = (contexts - lengths + 1)[owner] + token
         self._counts, self._block_size, self._device = -(-contexts // block_size), block_size, device
-        self._tables = np.zeros((len(spans), int(self._counts.max())), dtype=np.int32)
-        for row, (span, count) in enumerate(zip(spans, self._counts.tolist(), strict=True)):
-            self._tables[row, :count] = span.blocks[:count]
-        self.rows = torch.tensor([span.start for span in spans], device=device)
+        self._tables = tables[owner]
+        self.rows = torch.from_numpy(np.array([span.start for span in spans])[owner] + token).to(device)
         self.tables = torch.from_numpy(self._tables).to(device)
         self.contexts = torch.from_numpy(contexts).to(device)
         self._masks: dict[int | None, Tensor] = {}
@@ -158,13 +166,8 @@ class AttentionPlan:
     @cached_property
     def tokens(self) -> Decodes | None:
         """The spans that are not long, each token of theirs a span of its own; None when there are none."""
-        single = [
-            Span(span.start + number, 1, span.context - span.length + 1 + number, span.blocks)
-            for span in self._spans
-            if span.length <= SHORT
-            for number in range(span.length)
-        ]
-        return Decodes(single, self._block_size, self._device) if single else None
+        short = [span for span in self._spans if span.length <= SHORT]
+        return Decodes(short, self._block_size, self._device) if short else None
 
     def cache_rows(self, cache: KVCache) -> Tensor:
         """`cache.rows` of this step's slots, remembered: every layer asks."""
