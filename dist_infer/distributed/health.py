@@ -240,15 +240,18 @@ class Watchdog:
 
     def _without_store(self, error: Exception) -> RankFailure:
         """The failure when the store is gone."""
-        known = self._found or self._own
-        if known is not None:
-            return known
+        if self._found is not None:
+            return self._found
         dead = self._neighbours.dead
-        if 0 in dead:
+        if self._neighbours.had_stopped(0):
+            failure = self._of(0, self._stopped_words())
+        elif 0 in dead:  # what happened here since is its echo
             failure = self._of(0, self._neighbours.death(0))
+        elif self._own is not None:
+            return self._own
         else:
             failure = self._of(0, f"is gone, or its store is, or the network to it: {_one_line(error)}")
-        self._speak_alone(failure, dead)
+        self._speak_alone(failure, dead | {0})
         return failure
 
     def _watch_looks(self) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from dist_infer.distributed.host import Host
 from dist_infer.distributed.launch import LocalRanks, ending
 
+GONE = ("", "Z", "X")
 STOPPED = "T"  # by SIGSTOP or SIGTSTP; "t" is a debugger's doing, which is nobody's failure
 
 
@@ -60,11 +61,18 @@ class Neighbours:
     def stopped(self, now: float, limit_s: float) -> int | None:
         """A living rank that has been stopped for longer than `limit_s`, seen so by every call until `now`."""
         for rank in self._ranks:
-            if rank in self.dead or not self.is_stopped(rank):
+            state = process_state(self._hosts[rank].pid)
+            if state == STOPPED:
+                since = self._stopped.setdefault(rank, now)
+                if rank not in self.dead and now - since > limit_s:
+                    return rank
+            elif state not in GONE:
                 self._stopped.pop(rank, None)
-            elif now - self._stopped.setdefault(rank, now) > limit_s:
-                return rank
         return None
+
+    def had_stopped(self, rank: int) -> bool:
+        """Whether a rank was stopped when it was last seen, though another may have ended it since."""
+        return rank in self._stopped
 
     def is_stopped(self, rank: int) -> bool:
         """Whether a rank is seen from here, and stopped."""
