@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dist_infer.distributed.launch import attempt
 from dist_infer.distributed.signals import Stopped
+from dist_infer.evaluation.whole_file import write_whole
 
 COMPLETE, FAILURE, MISTAKE, STOPPED = 0, 1, 2, 75
 OUTCOMES = {COMPLETE: "complete", FAILURE: "failed", MISTAKE: "mistake", STOPPED: "stopped"}
@@ -38,7 +39,7 @@ class Outcome:
 
     def __init__(self, path: str | None, rank: int) -> None:
         self.path, self.rank = Path(path) if path is not None else None, rank
-        self.attempt = int(os.environ.get("SLURM_RESTART_COUNT") or 0) + 1
+        self.attempt = attempt()
 
     def begin(self) -> None:
         """Say that the run is under way.
@@ -77,6 +78,4 @@ class Outcome:
             "attempt": self.attempt,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        whole = self.path.with_name(f"{self.path.name}.{platform.node()}.{os.getpid()}.new")
-        whole.write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
-        os.replace(whole, self.path)
+        write_whole(self.path, [json.dumps(words, indent=2) + "\n"])

@@ -224,6 +224,11 @@ def start_local_ranks(world_size: int, command: Sequence[str], port: int, enviro
     return LocalRanks(processes)
 
 
+def attempt() -> int:
+    """Which start of its job this is: SLURM counts how often it has queued a job again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) + 1
+
+
 def threads_per_rank(ranks: int) -> int:
     """Compute threads for each of `ranks` on the cores this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

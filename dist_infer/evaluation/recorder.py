@@ -6,6 +6,7 @@ import os
 import platform
 from pathlib import Path
 
+from dist_infer.distributed.launch import attempt
 from dist_infer.engine.request import Result
 from dist_infer.evaluation.journal import JournalWriter
 
@@ -45,5 +46,5 @@ class Recorder:
 
 def _name() -> str:
     """Of a part: who writes it."""
-    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT") or "0"
-    return (f"job{job}.{restarts}-" if job else "") + f"{platform.node()}-{os.getpid()}"
+    job = os.environ.get("SLURM_JOB_ID")
+    return (f"job{job}.{attempt() - 1}-" if job else "") + f"{platform.node()}-{os.getpid()}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_infer.config.options import Options
+from dist_infer.distributed.launch import attempt
 from dist_infer.engine.blueprint import Blueprint
 from dist_infer.engine.intake import Intake
 from dist_infer.engine.report import provenance
@@ -148,11 +149,11 @@ class Sweep:
         directory.mkdir(parents=True, exist_ok=True)
         made_by = provenance(session, blueprint)
         made_by["versions"] |= {"lm_eval": importlib.metadata.version("lm_eval")}
-        attempt = int(os.environ.get("SLURM_RESTART_COUNT") or 0) + 1
+        start = attempt()
         for name in point.options.sweep.inputs:
             file = self._requests(name, blueprint)
             results = {result.index: result for result in [*executor.run(list(file.requests.values())), *file.refused]}
-            lines = (file.line(results[index], attempt, made_by) for index in range(len(file)))
+            lines = (file.line(results[index], start, made_by) for index in range(len(file)))
             shown = ({"prompt": file.prompts[line["index"]]} | line if line["index"] in file.prompts else line for line in lines)
             texts = (json.dumps(line, ensure_ascii=False) + "\n" for line in shown)
             write_whole(directory / f"outputs_{Path(name).stem}.jsonl", texts)
@@ -170,7 +171,7 @@ class Sweep:
             "provenance": made_by,
             "started": started,
             "finished": _now(),
-            "attempt": attempt,
+            "attempt": start,
         }
         write_results(directory, found, about)
 

@@ -144,16 +144,13 @@ class AttentionPlan:
 
     Attributes:
         slots: [tokens] int64 where keys and values go: block * block_size + offset.
-        decodes: The one-token spans, if there are any.
-        prefills: Longer spans, each with its blocks as a tensor.
+        prefills: Spans of more than one token, each with its blocks as a tensor.
         long: Those of them that are worth gathering a context for, by their number in `prefills`.
     """
 
     def __init__(self, spans: list[Span], slots: Tensor, block_size: int) -> None:
         self.slots, self._device = slots, slots.device
         self._spans, self._block_size = spans, block_size
-        single = [span for span in spans if span.length == 1]
-        self.decodes = Decodes(single, block_size, self._device) if single else None
         self.prefills: list[tuple[Span, Tensor]] = []
         for span in spans:
             if span.length > 1:
@@ -164,10 +161,18 @@ class AttentionPlan:
         self._cache_rows: Tensor | None = None
 
     @cached_property
+    def decodes(self) -> Decodes | None:
+        """The one-token spans; None when there are none."""
+        return self._up_to(1)
+
+    @cached_property
     def tokens(self) -> Decodes | None:
         """The spans that are not long, each token of theirs a span of its own; None when there are none."""
-        short = [span for span in self._spans if span.length <= SHORT]
-        return Decodes(short, self._block_size, self._device) if short else None
+        return self._up_to(SHORT)
+
+    def _up_to(self, length: int) -> Decodes | None:
+        spans = [span for span in self._spans if span.length <= length]
+        return Decodes(spans, self._block_size, self._device) if spans else None
 
     def cache_rows(self, cache: KVCache) -> Tensor:
         """`cache.rows` of this step's slots, remembered: every layer asks."""
