@@ -1,9 +1,8 @@
 """Self-attention of a layer over the paged KV cache.
 
-A span that is one token long (decode) is computed with all others of its kind at once: by a
-compiled kernel, which short spans take too, token by token, or eagerly, where the *queries* are
-gathered to the blocks they read, so that keys and values are multiplied where they lie. Longer
-spans (prefill) gather their context once and share it between all their queries.
+A compiled kernel takes all spans at once. Without one, the spans that are one token long (decode) are
+computed together: the *queries* are gathered to the blocks they read, so that keys and values are multiplied
+where they lie. Longer spans (prefill) gather their context once and share it between all their queries.
 """
 
 from __future__ import annotations
@@ -143,16 +142,23 @@ class Attention(nn.Module):
         self._enter(qkv, cos, sin, cache, plan)
         q, keys, values = qkv[:, : self.heads], cache.keys[self.layer], cache.values[self.layer]
         mixed = q.new_empty(tokens, self.heads, self.head_dim)
-        compiled = self.kernels is not None
-        decodes = plan.tokens if compiled else plan.decodes
+        if self.kernels is not None:
+            self.kernels.paged_attention(q, mixed, keys, values, plan.spans, self.groups, self.window, self.scale, self.softcap)
+        else:
+            self._attend_eagerly(q, keys, values, plan, mixed)
+        return self.output(mixed.view(tokens, -1))
+
+    def _attend_eagerly(self, q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, mixed: Tensor) -> None:
+        """Write `mixed` [tokens, heads, head_dim]."""
+        decodes = plan.decodes
         if decodes is not None:
-            self._decode(q, keys, values, decodes, mixed)
-        for index in plan.long if compiled else range(len(plan.prefills)):
-            span, _ = plan.prefills[index]
+            single = q if len(decodes.rows) == len(q) else q.index_select(0, decodes.rows)
+            found = attend_decodes(self._grouped(single), keys, values, decodes, self.window, self.scale, self.softcap)
+            mixed.index_copy_(0, decodes.rows, self._flat(found))
+        for index, (span, _) in enumerate(plan.prefills):
             rows = slice(span.start, span.start + span.length)
             grouped = self._grouped(q[rows])
             mixed[rows] = self._flat(attend_prefill(grouped, keys, values, plan, index, self.window, self.scale, self.softcap))
-        return self.output(mixed.view(tokens, -1))
 
     def _enter(self, qkv: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, plan: AttentionPlan) -> None:
         """Normalize and rotate queries and keys, and put keys and values into the cache."""
@@ -172,18 +178,6 @@ class Attention(nn.Module):
             k.copy_(k_norm(k))
         rotate(qkv[:, : self.heads + self.kv_heads], cos, sin)
         cache.write(self.layer, plan.cache_rows(cache), kv)
-
-    def _decode(self, q: Tensor, keys: Tensor, values: Tensor, decodes: Decodes, mixed: Tensor) -> None:
-        """Write the one-token spans' rows of `mixed`."""
-        if self.kernels is not None:
-            rows, tables, contexts = decodes.rows, decodes.tables, decodes.contexts
-            how = (self.groups, self.window, self.scale, self.softcap)
-            self.kernels.paged_attention(q, mixed, keys, values, rows, tables, contexts, *how)
-            return
-        if len(decodes.rows) < len(q):
-            q = q.index_select(0, decodes.rows)
-        found = attend_decodes(self._grouped(q), keys, values, decodes, self.window, self.scale, self.softcap)
-        mixed.index_copy_(0, decodes.rows, self._flat(found))
 
     def _grouped(self, q: Tensor) -> Tensor:
         """[tokens, heads, head_dim] -> [tokens, kv_heads, group, head_dim]; short groups are padded with zeros."""

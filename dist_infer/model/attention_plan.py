@@ -13,8 +13,6 @@ from torch import Tensor
 from dist_infer.model.cache import KVCache
 
 IntArray = np.ndarray
-# Spans of so many tokens are read token by token where that is compiled: beyond about 400 torch's attention is faster.
-SHORT = 256
 
 
 @dataclass(frozen=True)
@@ -82,30 +80,47 @@ class BlockPairs:
         return to_spans.view(-1), to_pairs.view(-1)
 
 
+class SpanTable:
+    """All spans of a step, as one call of attention reads them.
+
+    Attributes:
+        offsets: [spans + 1] int32, first row of each span in the flat batch, and the end.
+        contexts: [spans] int32, tokens that the last of each span sees.
+        tables: [spans, width] int32, their block tables; what is beyond a span's last block is not read.
+        longest: Rows of the longest span.
+        longest_context: The largest of `contexts`.
+    """
+
+    def __init__(self, spans: list[Span], block_size: int, device: torch.device) -> None:
+        offsets = np.array([*(span.start for span in spans), spans[-1].start + spans[-1].length], dtype=np.int32)
+        contexts = np.array([span.context for span in spans], dtype=np.int32)
+        self.longest, self.longest_context = int(np.diff(offsets).max()), int(contexts.max())
+        self.offsets, self.contexts = torch.from_numpy(offsets).to(device), torch.from_numpy(contexts).to(device)
+        self.tables = torch.from_numpy(_block_tables(spans, contexts, block_size)).to(device)
+
+
+def _block_tables(spans: list[Span], contexts: np.ndarray, block_size: int) -> np.ndarray:
+    """[spans, blocks of the longest] int32."""
+    counts = -(-contexts // block_size)
+    tables = np.zeros((len(spans), int(counts.max())), dtype=np.int32)
+    for row, (span, count) in enumerate(zip(spans, counts.tolist(), strict=True)):
+        tables[row, :count] = span.blocks[:count]
+    return tables
+
+
 class Decodes:
-    """The one-token spans of a step.
+    """The one-token spans of a step, as eager attention reads them.
 
     Attributes:
         rows: [spans] int64, their rows of the flat batch.
-        tables: [spans, width] int32, their block tables; what is beyond a span's last block is not read.
         contexts: [spans] int64, tokens each sees.
     """
 
     def __init__(self, spans: list[Span], block_size: int, device: torch.device) -> None:
-        """Of `spans`; of a longer one each token is a span of its own."""
-        lengths = np.array([span.length for span in spans])
         contexts = np.array([span.context for span in spans])
-        counts = -(-contexts // block_size)
-        tables = np.zeros((len(spans), int(counts.max())), dtype=np.int32)
-        for row, (span, count) in enumerate(zip(spans, counts.tolist(), strict=True)):
-            tables[row, :count] = span.blocks[:count]
-        owner = np.repeat(np.arange(len(spans)), lengths)
-        token = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # its place in its span
-        contexts = (contexts - lengths + 1)[owner] + token
         self._counts, self._block_size, self._device = -(-contexts // block_size), block_size, device
-        self._tables = tables[owner]
-        self.rows = torch.from_numpy(np.array([span.start for span in spans])[owner] + token).to(device)
-        self.tables = torch.from_numpy(self._tables).to(device)
+        self._tables = _block_tables(spans, contexts, block_size)
+        self.rows = torch.tensor([span.start for span in spans], device=device)
         self.contexts = torch.from_numpy(contexts).to(device)
         self._masks: dict[int | None, Tensor] = {}
         self._score_rows: dict[int, tuple[Tensor, Tensor]] = {}
@@ -114,6 +129,11 @@ class Decodes:
     def width(self) -> int:
         """Blocks of the longest span."""
         return self._tables.shape[1]
+
+    @cached_property
+    def tables(self) -> Tensor:
+        """[spans, width] their block tables; what is beyond a span's last block is not read."""
+        return torch.from_numpy(self._tables).to(self._device)
 
     @cached_property
     def pairs(self) -> BlockPairs:
@@ -144,35 +164,31 @@ class AttentionPlan:
 
     Attributes:
         slots: [tokens] int64 where keys and values go: block * block_size + offset.
-        prefills: Spans of more than one token, each with its blocks as a tensor.
-        long: Those of them that are worth gathering a context for, by their number in `prefills`.
     """
 
     def __init__(self, spans: list[Span], slots: Tensor, block_size: int) -> None:
         self.slots, self._device = slots, slots.device
         self._spans, self._block_size = spans, block_size
-        self.prefills: list[tuple[Span, Tensor]] = []
-        for span in spans:
-            if span.length > 1:
-                count = -(-span.context // block_size)
-                self.prefills.append((span, torch.from_numpy(span.blocks[:count].astype(np.int64)).to(self._device)))
-        self.long = [index for index, (span, _) in enumerate(self.prefills) if span.length > SHORT]
         self._prefill_masks: dict[tuple[int, int | None], Tensor] = {}
         self._cache_rows: Tensor | None = None
 
     @cached_property
-    def decodes(self) -> Decodes | None:
-        """The one-token spans; None when there are none."""
-        return self._up_to(1)
+    def spans(self) -> SpanTable:
+        """All spans, of which there is one at least."""
+        return SpanTable(self._spans, self._block_size, self._device)
 
     @cached_property
-    def tokens(self) -> Decodes | None:
-        """The spans that are not long, each token of theirs a span of its own; None when there are none."""
-        return self._up_to(SHORT)
+    def decodes(self) -> Decodes | None:
+        """The one-token spans; None when there are none."""
+        single = [span for span in self._spans if span.length == 1]
+        return Decodes(single, self._block_size, self._device) if single else None
 
-    def _up_to(self, length: int) -> Decodes | None:
-        spans = [span for span in self._spans if span.length <= length]
-        return Decodes(spans, self._block_size, self._device) if spans else None
+    @cached_property
+    def prefills(self) -> list[tuple[Span, Tensor]]:
+        """Spans of more than one token, each with its blocks as a tensor."""
+        longer = [span for span in self._spans if span.length > 1]
+        tables = [span.blocks[: -(-span.context // self._block_size)].astype(np.int64) for span in longer]
+        return [(span, torch.from_numpy(table).to(self._device)) for span, table in zip(longer, tables, strict=True)]
 
     def cache_rows(self, cache: KVCache) -> Tensor:
         """`cache.rows` of this step's slots, remembered: every layer asks."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dist_infer.model import huge_pages
+
 
 class KVCache:
     """The KV blocks of one rank: its KV heads (tp) of its sequences (fsdp). Block 0 belongs to nobody."""
@@ -14,7 +16,10 @@ class KVCache:
     ) -> None:
         shape = (2, blocks, kv_heads, block_size, head_dim)
         self.block_size = block_size
-        self._pools = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        if device.type == "cpu":
+            self._pools = [huge_pages.zeros(shape, dtype) for _ in range(layers)]
+        else:
+            self._pools = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.keys = [pool[0] for pool in self._pools]
         self.values = [pool[1] for pool in self._pools]
 

@@ -103,7 +103,7 @@ class Decoder(nn.Module):
     def use(self, kernels: Kernels | None) -> None:
         """Let the layers compute with `kernels` where they can."""
         for module in self.modules():
-            if isinstance(module, Attention | RMSNorm | Linear | GatedMLP | Experts):
+            if isinstance(module, Attention | RMSNorm | Linear | Experts):
                 module.kernels = kernels
 
     def forward(self, batch: Batch, cache: KVCache, reduce: Callable[[Tensor, int], None]) -> None:

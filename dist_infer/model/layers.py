@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dist_infer.distributed.collectives import Communicator
 from dist_infer.model.config import ModelConfig
 from dist_infer.model.native import Kernels
-from dist_infer.model.packed import PackedProduct, packed_product
+from dist_infer.model.packed import PackedProduct, packed_gated_product, packed_product
 
 # By their names in ModelConfig.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -52,8 +52,11 @@ class Linear(nn.Module):
         Args:
             keep_weight: Something else reads the plain weight (a tied embedding does).
         """
-        self._packed = packed_product(self.weight.detach(), self.kernels)
-        if self._packed is not None and not keep_weight:
+        self._use(packed_product(self.weight.detach(), self.kernels), keep_weight)
+
+    def _use(self, product: PackedProduct | None, keep_weight: bool) -> None:
+        self._packed = product
+        if product is not None and not keep_weight:
             self.weight = nn.Parameter(torch.empty(0, self.inputs, dtype=self.weight.dtype), requires_grad=False)
 
     def unpack(self) -> None:
@@ -61,6 +64,42 @@ class Linear(nn.Module):
         self._packed = None
         if not len(self.weight):
             self.weight = nn.Parameter(torch.empty(self.outputs, self.inputs, dtype=self.weight.dtype), requires_grad=False)
+
+
+class GatedLinear(Linear):
+    """A projection to a gate and to what it gates, stacked: `weight` [2 * outputs, inputs]; the product of activated gate and the other."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, activation: str) -> None:
+        super().__init__(inputs, 2 * outputs, bias)
+        self.activation = activation
+        self._gates_itself = False  # the packed product
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[tokens, inputs] -> [tokens, outputs]."""
+        gate_up = self.product(x, self.bias)
+        return gate_up if self._gates_itself else gated(gate_up, self.activation, self.kernels)
+
+    def pack(self, keep_weight: bool) -> None:
+        """As `Linear`; with the gate in the same pass where there is such a product."""
+        product = packed_gated_product(self.weight.detach(), self.kernels) if self.activation == "silu" else None
+        self._gates_itself = product is not None
+        if product is None:
+            super().pack(keep_weight)
+        else:
+            self._use(product, keep_weight)
+
+    def unpack(self) -> None:
+        """As `Linear`."""
+        self._gates_itself = False
+        super().unpack()
+
+
+def gated(gate_up: Tensor, activation: str, kernels: Kernels | None) -> Tensor:
+    """activation(gate) * up, [tokens, 2 * size] -> [tokens, size]; may overwrite `gate_up`."""
+    if kernels is not None and activation == "silu":
+        return kernels.silu_and_multiply(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate).mul_(up)
 
 
 class RowParallelLinear(Linear):
@@ -170,21 +209,14 @@ def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
 class GatedMLP(nn.Module):
     """down(activation(gate(x)) * up(x)); gate and up are one matrix, stacked."""
 
-    kernels: Kernels | None = None
-
     def __init__(self, hidden: int, ffn: int, bias: bool, tp: Communicator, activation: str = "silu") -> None:
         super().__init__()
-        self.activation = activation
-        self.gate_up = Linear(hidden, 2 * ffn, bias)
+        self.gate_up = GatedLinear(hidden, ffn, bias, activation)
         self.down = RowParallelLinear(ffn, hidden, bias, tp)
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden]."""
-        gate_up = self.gate_up(x)
-        if self.kernels is not None and self.activation == "silu":
-            return self.down(self.kernels.silu_and_multiply(gate_up))
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.down(ACTIVATIONS[self.activation](gate).mul_(up))
+        return self.down(self.gate_up(x))
 
 
 class MLP(nn.Module):

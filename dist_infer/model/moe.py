@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dist_infer.distributed.collectives import Communicator, SingleRank
 from dist_infer.model.config import ExpertsConfig, ModelConfig
-from dist_infer.model.layers import ACTIVATIONS, MLP, GatedMLP, Linear
+from dist_infer.model.layers import ACTIVATIONS, MLP, GatedMLP, Linear, gated
 from dist_infer.model.native import Kernels
 from dist_infer.model.packed import PackedProduct, packed_product
 from dist_infer.model.weights import ExpertCut, cut
@@ -130,13 +130,7 @@ class Experts(nn.Module):
         return (outputs * weights[..., None]).sum(dim=1)
 
     def _activate(self, gate_up: Tensor) -> Tensor:
-        activation = ACTIVATIONS[self.activation]
-        if not self.gated:
-            return activation(gate_up)
-        if self.kernels is not None and self.activation == "silu":
-            return self.kernels.silu_and_multiply(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return activation(gate).mul_(up)
+        return gated(gate_up, self.activation, self.kernels) if self.gated else ACTIVATIONS[self.activation](gate_up)
 
 
 class ExpertLinear(Linear):

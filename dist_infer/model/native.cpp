@@ -1,14 +1,16 @@
 // The small operations of a decoder layer on CPU, each one pass over memory: residual and norm, rotation and cache write,
 // attention of one-token spans over the paged cache, gated activation; and, for processors that multiply bfloat16 in vectors,
-// matrix products. Beside them, reads of many short runs of a file. `native.py` builds and calls this file; what it computes is what
+// matrix products. Beside them, noise and histograms for sampling, and reads of many short runs of a file. `native.py` builds and calls this file; what it computes is what
 // the eager operations beside each call compute. Everything inside is float32.
 
+#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <unistd.h>
+#include <vector>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -20,6 +22,7 @@ typedef float Lanes __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+typedef int64_t Longs __attribute__((vector_size(8 * WIDTH)));
 
 struct bfloat16 { uint16_t bits; };
 
@@ -90,31 +93,6 @@ inline Lanes exponential(Lanes x) {
     return (Lanes)((Ints)p + ((Ints)shifted << 23));
 }
 
-#ifdef __AVX512F__
-// One level of the tree below: 2 * `half` vectors to `half`, each of two neighbours' partial sums.
-template <int half> inline void fold(Lanes* x) {
-    Ints low, high;
-    for (int i = 0; i < WIDTH; i++) {
-        int part = i / half, lane = i % half;  // of two sources in turn, `half` lanes at a time
-        low[i] = (part & 1) * WIDTH + (part / 2) * 2 * half + lane;
-        high[i] = low[i] + half;
-    }
-    for (int i = 0; i < half; i++) x[i] = __builtin_shuffle(x[i], x[i + half], low) + __builtin_shuffle(x[i], x[i + half], high);
-}
-#endif
-
-// The sums of 16 vectors, as the lanes of one.
-inline Lanes sums(Lanes* x) {
-#ifdef __AVX512F__
-    fold<8>(x), fold<4>(x), fold<2>(x), fold<1>(x);
-    return x[0];
-#else
-    Lanes result;
-    for (int i = 0; i < WIDTH; i++) result[i] = sum(x[i]);
-    return result;
-#endif
-}
-
 template <class T>
 void add_rms_norm(T* x, const T* delta, const T* weight, T* out, int64_t rows, int64_t size, float eps, float offset) {
 #pragma omp parallel for if (rows * size > 32768)
@@ -182,121 +160,323 @@ void rotate_and_cache(T* qkv, const T* cos, const T* sin, const T* q_weight, con
     }
 }
 
-// `size` numbers as float32, the last vector filled up with zeros.
-template <class T> inline void widen(const T* from, Lanes* to, int64_t size) {
-    for (; size >= WIDTH; size -= WIDTH, from += WIDTH) *to++ = load(from);
-    if (size) *to = load(from, size);
+// The natural logarithm of normal numbers above 0, to about 2 units in the last place.
+inline Lanes logarithm(Lanes x) {
+    Ints bits = (Ints)x, exponent = ((bits - 0x3f3504f3) >> 23);  // of a mantissa from sqrt(1/2) to sqrt(2)
+    Lanes m = (Lanes)(bits - (exponent << 23)) - 1.0f, e = __builtin_convertvector(exponent, Lanes);
+    Lanes p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    Lanes square = m * m;
+    return (p * m * square + e * -2.12194440e-4f - 0.5f * square) + m + e * 0.693359375f;
 }
 
-// What a thread works with, in float32; `lanes` vectors a head.
-struct Scratch {
-    Lanes *queries, *mixed, *tile, *scores;  // [group, lanes], [group, lanes], [WIDTH, lanes], [group, tiles]
+inline Lanes silu(Lanes x) { return x / (1.0f + exponential(-x)); }
 
-    Scratch(int64_t group, int64_t lanes, int64_t tiles) {
-        queries = (Lanes*)aligned_alloc(sizeof(Lanes), ((2 * group + WIDTH) * lanes + group * tiles) * sizeof(Lanes));
-        mixed = queries + group * lanes, tile = mixed + group * lanes, scores = tile + WIDTH * lanes;
+// A row of 16 by 16 numbers of 32 bits becomes a column.
+inline void transpose(Ints* x) {
+#ifdef __AVX512F__
+    __m512i a[WIDTH], b[WIDTH];
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i += 2) {
+        a[i] = _mm512_unpacklo_epi32((__m512i)x[i], (__m512i)x[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32((__m512i)x[i], (__m512i)x[i + 1]);
     }
-    ~Scratch() { free(queries); }
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + j + 2]);
+            b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + j + 2]);
+        }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            a[i + 8 * j] = _mm512_shuffle_i32x4(b[i + 8 * j], b[i + 8 * j + 4], 0x88);
+            a[i + 8 * j + 4] = _mm512_shuffle_i32x4(b[i + 8 * j], b[i + 8 * j + 4], 0xdd);
+        }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            x[i + 4 * j] = (Ints)_mm512_shuffle_i32x4(a[i + 4 * j], a[i + 4 * j + 8], 0x88);
+            x[i + 4 * j + 8] = (Ints)_mm512_shuffle_i32x4(a[i + 4 * j], a[i + 4 * j + 8], 0xdd);
+        }
+#else
+    for (int i = 0; i < WIDTH; i++)
+        for (int j = 0; j < i; j++) {
+            int32_t other = x[i][j];
+            x[i][j] = x[j][i], x[j][i] = other;
+        }
+#endif
+}
+
+// What products are made of: a *unit* is one float32, or two neighbouring bfloat16 where the processor multiplies those.
+template <class T> struct Units {
+    typedef float Unit;
+    static constexpr int64_t SIZE = 1;  // numbers in a unit
+};
+template <class T> inline Lanes units_of(const T* from, float) { return load(from); }
+template <class T> inline Lanes units_of(const T* from, int64_t count, float) { return load(from, count); }
+inline Lanes beside(Lanes row, Lanes, float) { return row; }
+inline Lanes add_products(Lanes sum, const float* units, float x) { return sum + load(units) * x; }
+
+#ifdef __AVX512BF16__
+template <> struct Units<bfloat16> {
+    typedef uint32_t Unit;
+    static constexpr int64_t SIZE = 2;
+};
+inline Lanes units_of(const bfloat16* from, uint32_t) { return load((const float*)from); }
+inline Lanes units_of(const bfloat16* from, int64_t count, uint32_t) {
+    bfloat16 part[2 * WIDTH] = {};
+    memcpy(part, from, (count < 2 * WIDTH ? count : 2 * WIDTH) * sizeof(bfloat16));
+    return load((const float*)part);
+}
+// Of two rows, each number beside the other row's.
+inline Lanes beside(Lanes row, Lanes next, uint32_t) { return (Lanes)(((Words)row >> 16) | (Words)next); }
+inline Lanes add_products(Lanes sum, const uint32_t* units, uint32_t x) {
+    return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(units), (__m512bh)_mm512_set1_epi32(x));
+}
+#endif
+
+inline void store_units(float* to, Lanes x) { store(to, x); }
+#ifdef __AVX512BF16__
+inline void store_units(uint32_t* to, Lanes x) { store((bfloat16*)to, x); }
+#endif
+
+// Add to `sums` the products of rows of units, `stride` apart, with `columns` vectors for each unit, `width` apart.
+template <int rows, int columns, class Unit>
+inline void add_product(const Unit* x, int64_t stride, const Unit* packed, int64_t width, int64_t units, Lanes* sums, int64_t sums_stride) {
+    Lanes part[rows][columns];
+    for (int row = 0; row < rows; row++)
+        for (int column = 0; column < columns; column++) part[row][column] = sums[row * sums_stride + column];
+    for (int64_t unit = 0; unit < units; unit++, packed += width)
+        for (int row = 0; row < rows; row++)
+            for (int column = 0; column < columns; column++)
+                part[row][column] = add_products(part[row][column], packed + column * WIDTH, x[row * stride + unit]);
+    for (int row = 0; row < rows; row++)
+        for (int column = 0; column < columns; column++) sums[row * sums_stride + column] = part[row][column];
+}
+
+constexpr int64_t TILES = 4;             // tiles of 16 keys looked at together
+constexpr int64_t KEYS = TILES * WIDTH;  // they begin at multiples of their number, so a row's sums do not depend on the rows beside it
+constexpr int64_t TOGETHER = 4;          // rows whose sums fill the registers
+constexpr int64_t MOST_ROWS = 64;        // queries times heads that share what is read of the cache
+constexpr float NOTHING = -1e30f;        // less than any score
+
+// What a thread works with; `lanes` vectors a head.
+template <class T> struct Scratch {
+    typedef typename Units<T>::Unit Unit;
+    Lanes *scores, *mixed, *totals;           // [rows, TILES], [rows, lanes], [rows]
+    Unit *queries, *keys, *values, *weights;  // [rows, units], [units, KEYS], [KEYS in units, dims], [rows, KEYS in units]
+    float* greatest;                          // [rows]
+
+    Scratch(int64_t rows, int64_t lanes) {
+        scores = (Lanes*)aligned_alloc(sizeof(Lanes), (rows * 2 * (TILES + lanes + 1) + 2 * KEYS * lanes) * sizeof(Lanes));
+        mixed = scores + rows * TILES, totals = mixed + rows * lanes;
+        queries = (Unit*)(totals + rows), keys = queries + rows * lanes * WIDTH, values = keys + KEYS * lanes * WIDTH;
+        weights = values + KEYS * lanes * WIDTH, greatest = (float*)(weights + rows * KEYS);
+    }
+    ~Scratch() { free(scores); }
 };
 
-// Where the tokens that a query sees lie in a pool.
-struct Places {
+// A sequence in the cache.
+template <class T> struct Held {
+    const T *keys, *values;
     const int32_t* table;
-    int64_t first, context, block_size, block_stride, head_dim;
+    int64_t context, block_size, head_stride, block_stride, head_dim;
 
-    // Bring 16 tokens from `first` + `start` on into the tile; beyond the end, the last token again. Memory is asked early
-    // for what is read `ahead` blocks later: of this pool or, beyond its last block, of `next_pool`, from `next` on.
-    template <class T>
-    void read(const T* pool, int64_t start, Lanes* tile, int64_t lanes, const T* next_pool, const Places& next) const {
-        int64_t token = first + start, block = token / block_size, slot = token % block_size, last = (context - 1) / block_size;
-        int64_t ahead = block_size < 32 ? 32 / block_size : 1, next_first = next.first / block_size, bytes = head_dim * sizeof(T);
-        for (int row = 0; row < WIDTH; row++) {
-            int64_t later = block + ahead, beyond = next_first + later - last - 1;
-            const T* early = later <= last ? pool + table[later] * block_stride : next_pool + next.table[beyond] * block_stride;
-            if (later <= last || beyond * block_size < next.context)
-                for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)(early + slot * head_dim) + i);
-            widen(pool + table[block] * block_stride + slot * head_dim, tile + row * lanes, head_dim);
-            if (token + 1 == context) continue;
-            token++;
+    // Where each of KEYS tokens of a head lies, from `first` on; -1 beyond the last.
+    void places(int64_t head, int64_t first, int64_t* to) const {
+        int64_t block = first / block_size, slot = first % block_size;
+        for (int64_t i = 0; i < KEYS; i++) {
+            to[i] = first + i < context ? table[block] * block_stride + head * head_stride + slot * head_dim : -1;
             if (++slot == block_size) slot = 0, block++;
         }
     }
+
+    // Bring tokens into the scratch, zeros beyond the last: keys unit by unit, values key by key. Memory is asked early for what is read
+    // next, in `next` at places `later`.
+    void read(const int64_t* at, int64_t tiles, int64_t lanes, Scratch<T>& s, const Held& next, const int64_t* later) const {
+        typedef typename Units<T>::Unit Unit;
+        constexpr int64_t size = Units<T>::SIZE;
+        int64_t units = (head_dim + size - 1) / size, dims = lanes * WIDTH;
+        for (int64_t key = 0; key < KEYS; key += WIDTH) {
+            for (int64_t row = key; row < key + WIDTH && later[row] >= 0; row++)
+                for (int64_t dim = 0; dim < head_dim; dim += 64 / (int64_t)sizeof(T)) {
+                    __builtin_prefetch(next.keys + later[row] + dim, 0, 2);
+                    __builtin_prefetch(next.values + later[row] + dim, 0, 2);
+                }
+            if (key >= tiles * WIDTH) continue;
+            bool full = at[key + WIDTH - 1] >= 0;
+            for (int64_t unit = 0; unit < units; unit += WIDTH) {
+                Ints x[WIDTH];
+                if (full && unit + WIDTH <= units)
+#pragma GCC unroll 16
+                    for (int row = 0; row < WIDTH; row++) x[row] = (Ints)units_of(keys + at[key + row] + unit * size, Unit());
+                else
+                    for (int row = 0; row < WIDTH; row++)
+                        x[row] = at[key + row] < 0 ? Ints{} : (Ints)units_of(keys + at[key + row] + unit * size, head_dim - unit * size, Unit());
+                transpose(x);
+#pragma GCC unroll 16
+                for (int i = 0; i < WIDTH; i++) memcpy(s.keys + (unit + i) * KEYS + key, &x[i], sizeof x[i]);
+            }
+            for (int64_t row = key; row < key + WIDTH; row += size)
+                for (int64_t dim = 0; dim < dims; dim += WIDTH) {
+                    auto value = [&](int64_t of) {
+                        if (full && dim + WIDTH <= head_dim) return load(values + at[of] + dim);
+                        return at[of] < 0 ? Lanes{} : load(values + at[of] + dim, head_dim - dim);
+                    };
+                    Lanes both = size == 1 ? value(row) : beside(value(row), value(row + 1), Unit());
+                    memcpy(s.values + row / size * dims + dim, &both, sizeof both);
+                }
+        }
+    }
 };
 
-// Add to `mixed`, `count` vectors of it, those of the tile's rows, weighted.
-template <int count> inline void mix(Lanes* mixed, const Lanes* tile, int64_t lanes, const float* weights) {
-    Lanes part[count];
-    for (int i = 0; i < count; i++) part[i] = mixed[i];
-    for (int row = 0; row < WIDTH; row++)
-        for (int i = 0; i < count; i++) part[i] += tile[row * lanes + i] * weights[row];
-    for (int i = 0; i < count; i++) mixed[i] = part[i];
+// A row's scores become weights of the values, of which it sees `begin` to `end`; what was summed up before is brought to the scale of the
+// greatest score so far.
+template <class T>
+void weigh(int64_t row, int64_t first, int64_t tiles, int64_t begin, int64_t end, int64_t lanes, float scale, float softcap, Scratch<T>& s) {
+    Lanes *scores = s.scores + row * TILES, *mixed = s.mixed + row * lanes, most = all(NOTHING);
+    Ints at;
+    for (int i = 0; i < WIDTH; i++) at[i] = first + i;
+    bool whole = first >= begin && first + tiles * WIDTH <= end;
+    for (int64_t tile = 0; tile < tiles; tile++, at += WIDTH) {
+        scores[tile] *= scale;
+        if (softcap) scores[tile] = softcap - 2.0f * softcap / (exponential(scores[tile] * (2.0f / softcap)) + 1.0f);  // softcap * tanh
+        if (!whole) scores[tile] = (at < (int32_t)begin | at >= (int32_t)end) ? all(NOTHING) : scores[tile];
+        most = scores[tile] > most ? scores[tile] : most;
+    }
+    float top = largest(most);
+    if (top > s.greatest[row]) {
+        Lanes factor = exponential(all(s.greatest[row] - top));
+        for (int64_t i = 0; i < lanes; i++) mixed[i] *= factor;
+        s.totals[row] *= factor, s.greatest[row] = top;
+    }
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        Lanes weight = exponential(scores[tile] - s.greatest[row]);
+        if (!whole) weight = scores[tile] == NOTHING ? Lanes{} : weight;
+        s.totals[row] += weight;
+        store_units(s.weights + (row * KEYS + tile * WIDTH) / Units<T>::SIZE, weight);
+    }
 }
 
-// The query heads of one KV head over one sequence, 16 tokens at a time: scores, softmax, mixture of the values.
-template <class T>
-void attend(const T* q, T* out, const T* keys, const T* values, const Places& places, const T* next_keys, const Places& next,
-            int64_t group, float scale, float softcap, Scratch& s) {
-    int64_t head_dim = places.head_dim, lanes = (head_dim + WIDTH - 1) / WIDTH;
-    int64_t length = places.context - places.first, tiles = (length + WIDTH - 1) / WIDTH;
-    for (int64_t g = 0; g < group; g++) widen(q + g * head_dim, s.queries + g * lanes, head_dim);
-    for (int64_t i = 0; i < group * lanes; i++) s.queries[i] *= scale, s.mixed[i] = Lanes{};
-    for (int64_t tile = 0; tile < tiles; tile++) {
-        places.read(keys, tile * WIDTH, s.tile, lanes, values, places);
-        for (int64_t g = 0; g < group; g++) {
-            Lanes products[WIDTH] = {};
-            for (int64_t i = 0; i < lanes; i++)
-                for (int row = 0; row < WIDTH; row++) products[row] += s.queries[g * lanes + i] * s.tile[row * lanes + i];
-            Lanes scores = sums(products);
-            if (softcap) scores = softcap - 2.0f * softcap / (exponential(scores * (2.0f / softcap)) + 1.0f);  // softcap * tanh
-            s.scores[g * tiles + tile] = scores;
+template <int rows, class T>
+void attend_rows(int64_t row, int64_t first, int64_t tiles, int64_t units, int64_t lanes, const int64_t* begins, const int64_t* ends, float scale,
+                 float softcap, Scratch<T>& s) {
+    constexpr int64_t keys = KEYS / Units<T>::SIZE;
+    int64_t dims = lanes * WIDTH;
+    for (int64_t i = row * TILES; i < (row + rows) * TILES; i++) s.scores[i] = Lanes{};
+    add_product<rows, TILES>(s.queries + row * dims, dims, s.keys, KEYS, units, s.scores + row * TILES, TILES);
+    for (int64_t i = row; i < row + rows; i++) weigh<T>(i, first, tiles, begins[i], ends[i], lanes, scale, softcap, s);
+    int64_t lane = 0, used = tiles * WIDTH / Units<T>::SIZE;
+    for (; lane + 4 <= lanes; lane += 4)
+        add_product<rows, 4>(s.weights + row * keys, keys, s.values + lane * WIDTH, dims, used, s.mixed + row * lanes + lane, lanes);
+    for (; lane < lanes; lane++)
+        add_product<rows, 1>(s.weights + row * keys, keys, s.values + lane * WIDTH, dims, used, s.mixed + row * lanes + lane, lanes);
+}
+
+// A piece of work: tokens of a span, with the query heads of some KV heads.
+struct Piece {
+    int64_t span, token, count, position, head, last_head;  // `token` is its first row of the batch, `position` that token's
+
+    int64_t begin(int64_t window) const { return window && position >= window ? position + 1 - window : 0; }  // the first key it sees
+};
+
+// What all pieces share.
+template <class T> struct Job {
+    const T* q;
+    T* out;
+    const int32_t* groups;
+    int64_t q_stride, out_stride, head_dim, window;
+    float scale, softcap;
+};
+
+// Blockwise, each row's greatest score kept up as its keys pass by (FlashAttention). `next` is read after this piece.
+template <class T> void attend(const Job<T>& job, const Piece& piece, const Held<T>& held, const Piece& next, const Held<T>& next_held, Scratch<T>& s) {
+    typedef typename Units<T>::Unit Unit;
+    constexpr int64_t size = Units<T>::SIZE;
+    int64_t head_dim = job.head_dim, lanes = (head_dim + WIDTH - 1) / WIDTH, units = (head_dim + size - 1) / size;
+    int64_t base = job.groups[piece.head], rows = piece.count * (job.groups[piece.last_head] - base), begins[rows], ends[rows];
+    const T* from[rows];
+    T* to[rows];
+    int64_t row = 0;
+    for (int64_t head = piece.head; head < piece.last_head; head++)
+        for (int64_t token = 0; token < piece.count; token++)
+            for (int64_t h = job.groups[head]; h < job.groups[head + 1]; h++, row++) {
+                from[row] = job.q + (piece.token + token) * job.q_stride + h * head_dim;
+                to[row] = job.out + (piece.token + token) * job.out_stride + h * head_dim;
+                ends[row] = piece.position + token + 1;
+                begins[row] = job.window && ends[row] > job.window ? ends[row] - job.window : 0;
+            }
+    for (row = 0; row < rows; row++) {
+        for (int64_t unit = 0; unit < units; unit += WIDTH) {
+            Lanes x = units_of(from[row] + unit * size, head_dim - unit * size, Unit());
+            memcpy(s.queries + row * lanes * WIDTH + unit, &x, sizeof x);
+        }
+        s.totals[row] = Lanes{}, s.greatest[row] = NOTHING;
+        for (int64_t i = 0; i < lanes; i++) s.mixed[row * lanes + i] = Lanes{};
+    }
+    int64_t first = piece.begin(job.window) / KEYS * KEYS, stop = piece.position + piece.count, places[2][KEYS], turn = 0;
+    held.places(piece.head, first, places[turn]);
+    for (; first < stop; first += KEYS) {
+        int64_t left = (stop - first + WIDTH - 1) / WIDTH, tiles = left < TILES ? left : TILES;
+        for (int64_t head = piece.head; head < piece.last_head; head++, turn ^= 1) {
+            bool here = head + 1 < piece.last_head || first + KEYS < stop;
+            if (head + 1 < piece.last_head) held.places(head + 1, first, places[turn ^ 1]);
+            else if (here) held.places(piece.head, first + KEYS, places[turn ^ 1]);
+            else next_held.places(next.head, next.begin(job.window) / KEYS * KEYS, places[turn ^ 1]);
+            held.read(places[turn], tiles, lanes, s, here ? held : next_held, places[turn ^ 1]);
+            row = (job.groups[head] - base) * piece.count;
+            int64_t end = (job.groups[head + 1] - base) * piece.count;
+            for (; row < end && ends[row] <= first; row++) {}  // these see nothing here
+            for (; row + TOGETHER <= end; row += TOGETHER)
+                attend_rows<TOGETHER, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s);
+            if (end - row == 3) attend_rows<3, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s);
+            if (end - row == 2) attend_rows<2, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s);
+            if (end - row == 1) attend_rows<1, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s);
         }
     }
-    float totals[group];
-    for (int64_t g = 0; g < group; g++) {
-        Lanes *scores = s.scores + g * tiles, most = scores[0], total = {};
-        for (int64_t row = length - (tiles - 1) * WIDTH; row < WIDTH; row++) scores[tiles - 1][row] = -INFINITY;
-        for (int64_t tile = 0; tile < tiles; tile++) most = scores[tile] > most ? scores[tile] : most;
-        float top = largest(most);
-        for (int64_t tile = 0; tile < tiles; tile++) total += scores[tile] = exponential(scores[tile] - top);
-        totals[g] = sum(total);
-    }
-    for (int64_t tile = 0; tile < tiles; tile++) {
-        places.read(values, tile * WIDTH, s.tile, lanes, next_keys, next);
-        for (int64_t g = 0; g < group; g++) {
-            const float* weights = (const float*)&s.scores[g * tiles + tile];
-            int64_t i = 0;
-            for (; i + 4 <= lanes; i += 4) mix<4>(s.mixed + g * lanes + i, s.tile + i, lanes, weights);
-            for (; i < lanes; i++) mix<1>(s.mixed + g * lanes + i, s.tile + i, lanes, weights);
-        }
-    }
-    for (int64_t g = 0; g < group; g++)
+    for (row = 0; row < rows; row++)
         for (int64_t i = 0; i < lanes; i++)
-            store(out + g * head_dim + i * WIDTH, s.mixed[g * lanes + i] / totals[g], head_dim - i * WIDTH);
+            store(to[row] + i * WIDTH, s.mixed[row * lanes + i] / sum(s.totals[row]), head_dim - i * WIDTH);
 }
 
 template <class T>
-void paged_attention(const T* q, T* out, const T* keys, const T* values, const int64_t* rows, const int32_t* tables, const int64_t* contexts,
+void paged_attention(const T* q, T* out, const T* keys, const T* values, const int32_t* offsets, const int32_t* contexts, const int32_t* tables,
                      const int32_t* groups, int64_t spans, int64_t kv_heads, int64_t head_dim, int64_t q_stride, int64_t out_stride,
                      int64_t block_size, int64_t table_width, int64_t window, float scale, float softcap) {
-    int64_t most_heads = 0, longest = 0;
+    int64_t most_heads = 1, heads = groups[kv_heads], head_stride = block_size * head_dim;
     for (int64_t h = 0; h < kv_heads; h++) most_heads = groups[h + 1] - groups[h] > most_heads ? groups[h + 1] - groups[h] : most_heads;
-    for (int64_t span = 0; span < spans; span++) longest = contexts[span] > longest ? contexts[span] : longest;
-    if (window && longest > window) longest = window;
-    int64_t head_stride = block_size * head_dim;
-    auto places = [=](int64_t span) {
-        int64_t context = contexts[span], first = window && context > window ? context - window : 0;
-        return Places{tables + span * table_width, first, context, block_size, kv_heads * head_stride, head_dim};
+    int64_t together = most_heads < MOST_ROWS ? MOST_ROWS / most_heads : 1;  // tokens
+    std::vector<Piece> pieces;
+    for (int64_t span = 0; span < spans; span++) {
+        int64_t length = offsets[span + 1] - offsets[span];
+        // Of many single tokens each is one piece: a block of all KV heads lies in one place. Of few, heads are shared out.
+        int64_t step = length == 1 && spans > 8 && heads <= 2 * MOST_ROWS ? kv_heads : 1;
+        for (int64_t token = 0; token < length; token += together)
+            for (int64_t head = 0; head < kv_heads; head += step)
+                pieces.push_back({span, offsets[span] + token, std::min(together, length - token), contexts[span] - length + token, head, head + step});
+    }
+    Job<T> job{q, out, groups, q_stride, out_stride, head_dim, window, scale, softcap};
+    auto held = [&](const Piece& piece) {
+        return Held<T>{keys, values, tables + piece.span * table_width, contexts[piece.span], block_size, head_stride, kv_heads * head_stride, head_dim};
     };
+    int64_t count = pieces.size();
 #pragma omp parallel
     {
-        Scratch scratch(most_heads, (head_dim + WIDTH - 1) / WIDTH, (longest + WIDTH - 1) / WIDTH);
-#pragma omp for schedule(dynamic, spans > 8 ? kv_heads : 1)
-        for (int64_t item = 0; item < spans * kv_heads; item++) {
-            int64_t span = item / kv_heads, h = item % kv_heads;
-            int64_t other = item + 1 < spans * kv_heads ? (item + 1) / kv_heads : span, other_h = (item + 1) % kv_heads;
-            attend(q + rows[span] * q_stride + groups[h] * head_dim, out + rows[span] * out_stride + groups[h] * head_dim,
-                   keys + h * head_stride, values + h * head_stride, places(span), keys + other_h * head_stride, places(other),
-                   groups[h + 1] - groups[h], scale, softcap, scratch);
+        Scratch<T> scratch(std::max(together * most_heads, std::min(heads, 2 * MOST_ROWS)), (head_dim + WIDTH - 1) / WIDTH);
+#pragma omp for schedule(dynamic, spans > 8 ? 2 : 1)
+        for (int64_t i = 0; i < count; i++) {
+            const Piece& next = pieces[i + 1 < count ? i + 1 : i];
+            attend(job, pieces[i], held(pieces[i]), next, held(next), scratch);
         }
     }
 }
@@ -306,8 +486,53 @@ template <class T> void silu_and_multiply(const T* gate_up, T* out, int64_t rows
     for (int64_t row = 0; row < rows; row++) {
         const T *gate = gate_up + row * 2 * size, *up = gate + size;
         for (int64_t i = 0; i < size; i += WIDTH) {
-            Lanes x = load(gate + i, size - i);
-            store(out + row * size + i, x / (1.0f + exponential(-x)) * load(up + i, size - i), size - i);
+            store(out + row * size + i, silu(load(gate + i, size - i)) * load(up + i, size - i), size - i);
+        }
+    }
+}
+
+// As `noise.py` has it: standard Gumbel noise under each key [rows, 2] of `count` token ids, those of a row `stride` after the row before's.
+void gumbel(const int64_t* keys, const int64_t* ids, float* out, int64_t rows, int64_t count, int64_t stride) {
+    const int64_t step = (int64_t)0x9E3779B97F4A7C15ull, mix1 = (int64_t)0xBF58476D1CE4E5B9ull, mix2 = (int64_t)0x94D049BB133111EBull;
+#pragma omp parallel for
+    for (int64_t first = 0; first < count; first += WIDTH) {
+        int64_t some = count - first < WIDTH ? count - first : WIDTH;
+        Longs x = {};
+        for (int64_t row = 0; row < rows; row++) {
+            if (!row || stride) {
+                memcpy(&x, ids + row * stride + first, some * sizeof(int64_t));
+                x = (x + 1) * step;
+                x = (x ^ (x >> 30)) * mix1;
+                x ^= x >> 27;
+            }
+            Longs bits = (x + keys[2 * row]) * keys[2 * row + 1];
+            bits = ((bits ^ (bits >> 32)) * mix2) & INT64_MAX;
+            Lanes v = __builtin_convertvector(bits, Lanes) * 0x1p-63f;
+            v = v < 0x1p-64f ? all(0x1p-64f) : v > 1.0f - 0x1p-24f ? all(1.0f - 0x1p-24f) : v;
+            Lanes rest = 1.0f - v;  // log(1 - v), with what the subtraction lost
+            Lanes minus_log = -(logarithm(rest) - (v - (1.0f - rest)) / rest);
+            store(out + row * count + first, -logarithm(minus_log), some);
+        }
+    }
+}
+
+// As `summary.py` has it: sums of exp(x - greatest of the row), and numbers of tokens, in `bins` bins, `per_unit` of them a unit, downwards from the greatest's;
+// all below them in the last.
+void histogram(const float* x, const float* greatest, double* masses, double* counts, int64_t rows, int64_t size, int64_t bins, float per_unit) {
+    auto bin_of = [=](Lanes value) {
+        value *= per_unit;
+        for (int i = 0; i < WIDTH; i++) value[i] = __builtin_floorf(value[i]);
+        return value < -0x1p30f ? all(-0x1p30f) : value > 0x1p30f ? all(0x1p30f) : value;
+    };
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++) {
+        double *mass = masses + row * (bins + 1), *number = counts + row * (bins + 1);
+        Lanes top = bin_of(all(greatest[row]));
+        for (int64_t i = 0; i < size; i += WIDTH) {
+            Lanes value = load(x + row * size + i, size - i), below = top - bin_of(value), weight = exponential(value - greatest[row]);
+            below = below > (float)bins ? all(bins) : below > 0.0f ? below : Lanes{};  // NaN, too, to the first
+            Ints bin = __builtin_convertvector(below, Ints);
+            for (int64_t j = 0; j < WIDTH && i + j < size; j++) mass[bin[j]] += weight[j], number[bin[j]] += 1;
         }
     }
 }
@@ -316,11 +541,10 @@ template <class T> void silu_and_multiply(const T* gate_up, T* out, int64_t rows
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 #define MULTIPLIES 1
 
-// A packed matrix: panels of 32 outputs, in each the inputs two by two, [panels, pairs, PANEL] pairs of bfloat16.
+// A packed matrix: panels of 32 outputs, in each the inputs two by two, [panels, pairs, PANEL] pairs of bfloat16. Of a *gated* one a panel is
+// 16 outputs of the gate, the upper half of the matrix, and the same 16 of what it is multiplied with.
 constexpr int64_t PANEL = 2 * WIDTH;
-constexpr int64_t TILE = 12;          // rows whose sums fill the registers
-constexpr int64_t ROWS = 12 * TILE;   // rows whose inputs stay in the cache while the panels pass by
-constexpr int64_t AHEAD = 64 * PANEL;  // how early memory is asked for a panel's next pairs
+constexpr int64_t TILE = 12;  // rows whose sums fill the registers
 
 // Elements 2 * pair and 2 * pair + 1 of a row; zero beyond its end.
 inline uint32_t pair_of(const bfloat16* row, int64_t pair, int64_t size) {
@@ -330,65 +554,94 @@ inline uint32_t pair_of(const bfloat16* row, int64_t pair, int64_t size) {
     return both;
 }
 
-void pack_matrix(const bfloat16* weight, uint32_t* packed, int64_t outputs, int64_t inputs) {
-    int64_t pairs = (inputs + 1) / 2, panels = (outputs + PANEL - 1) / PANEL;
+void pack_matrix(const bfloat16* weight, uint32_t* packed, int64_t outputs, int64_t inputs, bool gated) {
+    int64_t pairs = (inputs + 1) / 2, panels = gated ? (outputs / 2 + WIDTH - 1) / WIDTH : (outputs + PANEL - 1) / PANEL;
 #pragma omp parallel for
     for (int64_t panel = 0; panel < panels; panel++)
         for (int64_t column = 0; column < PANEL; column++) {
-            int64_t output = panel * PANEL + column;
+            int64_t output = panel * PANEL + column, end = outputs;
+            if (gated) {
+                end = column < WIDTH ? outputs / 2 : outputs;
+                output = panel * WIDTH + column % WIDTH + (column < WIDTH ? 0 : outputs / 2);
+            }
             for (int64_t pair = 0; pair < pairs; pair++)
-                packed[(panel * pairs + pair) * PANEL + column] = output < outputs ? pair_of(weight + output * inputs, pair, inputs) : 0;
+                packed[(panel * pairs + pair) * PANEL + column] = output < end ? pair_of(weight + output * inputs, pair, inputs) : 0;
         }
 }
 
-// `rows` rows of x, stored pair by pair with `stride` rows between, times one panel.
-template <int rows>
-void multiply_tile(const uint32_t* x, int64_t stride, const uint32_t* panel, int64_t pairs, const float* bias, bfloat16* y, int64_t y_stride,
-                   int64_t columns) {
+// `rows` rows of x to [pairs, rows].
+void pack_rows(const bfloat16* x, int64_t inputs, int64_t rows, uint32_t* packed) {
+    int64_t pairs = (inputs + 1) / 2, pair = 0;
+    for (; 2 * (pair + WIDTH) <= inputs; pair += WIDTH) {
+        Ints block[WIDTH] = {};
+        for (int64_t row = 0; row < rows; row++) memcpy(&block[row], x + row * inputs + 2 * pair, sizeof block[row]);
+        transpose(block);
+        for (int i = 0; i < WIDTH; i++) _mm512_mask_storeu_epi32(packed + (pair + i) * rows, (1 << rows) - 1, (__m512i)block[i]);
+    }
+    for (; pair < pairs; pair++)
+        for (int64_t row = 0; row < rows; row++) packed[pair * rows + row] = pair_of(x + row * inputs, pair, inputs);
+}
+
+// `rows` packed rows of x times one panel. Memory is asked for the panel `near` words ahead and, a step of `stride` words for each pair, for `far`.
+template <int rows, bool gated>
+void multiply_tile(const uint32_t* x, const uint32_t* panel, int64_t pairs, int64_t near, const uint32_t* far, int64_t stride, const float* bias,
+                   bfloat16* y, int64_t y_stride, int64_t columns) {
     Lanes sums[rows][2];
     for (int row = 0; row < rows; row++) sums[row][0] = load(bias), sums[row][1] = load(bias + WIDTH);
-    for (int64_t pair = 0; pair < pairs; pair++, panel += PANEL, x += stride) {
-        __builtin_prefetch(panel + AHEAD);
-        __builtin_prefetch(panel + AHEAD + WIDTH);
-        __m512bh left = (__m512bh)_mm512_loadu_si512(panel), right = (__m512bh)_mm512_loadu_si512(panel + WIDTH);
+    for (int64_t pair = 0; pair < pairs; pair++, panel += PANEL, x += rows, far += stride) {
+        __builtin_prefetch(panel + near);
+        __builtin_prefetch(panel + near + WIDTH);
+        __builtin_prefetch(far, 0, 2);
         for (int row = 0; row < rows; row++) {
-            __m512bh both = (__m512bh)_mm512_set1_epi32(x[row]);
-            sums[row][0] = (Lanes)_mm512_dpbf16_ps((__m512)sums[row][0], left, both);
-            sums[row][1] = (Lanes)_mm512_dpbf16_ps((__m512)sums[row][1], right, both);
+            sums[row][0] = add_products(sums[row][0], panel, x[row]);
+            sums[row][1] = add_products(sums[row][1], panel + WIDTH, x[row]);
         }
     }
-    for (int row = 0; row < rows; row++) {
-        store(y + row * y_stride, sums[row][0], columns);
-        if (columns > WIDTH) store(y + row * y_stride + WIDTH, sums[row][1], columns - WIDTH);
+    for (int row = 0; row < rows; row++, y += y_stride) {
+        if (gated) {
+            store(y, silu(sums[row][0]) * sums[row][1], columns);
+            continue;
+        }
+        store(y, sums[row][0], columns);
+        if (columns > WIDTH) store(y + WIDTH, sums[row][1], columns - WIDTH);
     }
 }
 
-typedef void (*Tile)(const uint32_t*, int64_t, const uint32_t*, int64_t, const float*, bfloat16*, int64_t, int64_t);
-const Tile TILES[TILE] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>,  multiply_tile<5>,  multiply_tile<6>,
-                          multiply_tile<7>, multiply_tile<8>, multiply_tile<9>, multiply_tile<10>, multiply_tile<11>, multiply_tile<12>};
+typedef void (*Tile)(const uint32_t*, const uint32_t*, int64_t, int64_t, const uint32_t*, int64_t, const float*, bfloat16*, int64_t, int64_t);
+template <bool gated>
+const Tile TILES_OF[TILE] = {multiply_tile<1, gated>, multiply_tile<2, gated>,  multiply_tile<3, gated>,  multiply_tile<4, gated>,
+                             multiply_tile<5, gated>, multiply_tile<6, gated>,  multiply_tile<7, gated>,  multiply_tile<8, gated>,
+                             multiply_tile<9, gated>, multiply_tile<10, gated>, multiply_tile<11, gated>, multiply_tile<12, gated>};
 
-void multiply(const bfloat16* x, const uint32_t* packed, const bfloat16* bias, bfloat16* y, uint32_t* scratch, int64_t rows,
-              int64_t outputs, int64_t inputs) {
-    int64_t pairs = (inputs + 1) / 2, panels = (outputs + PANEL - 1) / PANEL;
+// `most` rows of x at a time are packed, into the scratch, which stays in the cache while the panels pass by.
+template <bool gated>
+void multiply(const bfloat16* x, const uint32_t* packed, const bfloat16* bias, bfloat16* y, uint32_t* scratch, int64_t rows, int64_t outputs,
+              int64_t inputs, int64_t most) {
+    constexpr int64_t wide = gated ? WIDTH : PANEL;  // results of a panel
+    int64_t pairs = (inputs + 1) / 2, width = gated ? outputs / 2 : outputs, panels = (width + wide - 1) / wide;
 #pragma omp parallel
-    for (int64_t first = 0; first < rows; first += ROWS) {
-        int64_t count = rows - first < ROWS ? rows - first : ROWS, tiles = (count + TILE - 1) / TILE;
+    for (int64_t first = 0; first < rows; first += most) {
+        int64_t count = rows - first < most ? rows - first : most, tiles = (count + TILE - 1) / TILE;
+        auto begin = [=](int64_t tile) { return tile * (count / tiles) + std::min(tile, count % tiles); };  // as equal as they go
 #pragma omp for
-        for (int64_t pair = 0; pair < pairs; pair++)
-            for (int64_t row = 0; row < count; row++) scratch[pair * count + row] = pair_of(x + (first + row) * inputs, pair, inputs);
+        for (int64_t tile = 0; tile < tiles; tile++)
+            pack_rows(x + (first + begin(tile)) * inputs, inputs, begin(tile + 1) - begin(tile), scratch + begin(tile) * pairs);
 #pragma omp for
         for (int64_t panel = 0; panel < panels; panel++) {
-            int64_t columns = outputs - panel * PANEL < PANEL ? outputs - panel * PANEL : PANEL;
+            const uint32_t *this_one = packed + panel * pairs * PANEL, *next = this_one + pairs * PANEL;
             float added[PANEL] = {};
-            for (int64_t column = 0; bias && column < columns; column++) {
-                uint32_t bits = (uint32_t)bias[panel * PANEL + column].bits << 16;
+            for (int64_t column = 0; bias && column < PANEL; column++) {
+                int64_t output = panel * wide + column % wide;
+                if (output >= width) continue;
+                uint32_t bits = (uint32_t)bias[output + column / wide * width].bits << 16;
                 memcpy(added + column, &bits, sizeof bits);
             }
-            for (int64_t tile = 0, row = 0; tile < tiles; tile++) {  // tiles as equal as they go
-                int64_t part = (count - row + tiles - tile - 1) / (tiles - tile);
-                TILES[part - 1](scratch + row, count, packed + panel * pairs * PANEL, pairs, added,
-                                y + (first + row) * outputs + panel * PANEL, outputs, columns);
-                row += part;
+            for (int64_t tile = 0; tile < tiles; tile++) {
+                // A lone tile runs at the speed of memory. Of more, the first two bring half of the next panel each.
+                bool alone = tiles == 1, bringing = !alone && tile < 2 && panel + 1 < panels;
+                TILES_OF<gated>[begin(tile + 1) - begin(tile) - 1](
+                    scratch + begin(tile) * pairs, this_one, pairs, (alone ? 64 : 8) * PANEL, bringing ? next + tile * pairs * WIDTH : this_one,
+                    bringing ? WIDTH : 0, added, y + (first + begin(tile)) * width + panel * wide, width, width - panel * wide);
             }
         }
     }
@@ -398,14 +651,22 @@ void multiply(const bfloat16* x, const uint32_t* packed, const bfloat16* bias, b
 }  // namespace
 
 #ifdef MULTIPLIES
-extern "C" void pack_matrix_bfloat16(const bfloat16* weight, uint32_t* packed, int64_t outputs, int64_t inputs) {
-    pack_matrix(weight, packed, outputs, inputs);
+extern "C" void pack_matrix_bfloat16(const bfloat16* weight, uint32_t* packed, int64_t outputs, int64_t inputs, bool gated) {
+    pack_matrix(weight, packed, outputs, inputs, gated);
 }
 extern "C" void multiply_bfloat16(const bfloat16* x, const uint32_t* packed, const bfloat16* bias, bfloat16* y, uint32_t* scratch,
-                                  int64_t rows, int64_t outputs, int64_t inputs) {
-    multiply(x, packed, bias, y, scratch, rows, outputs, inputs);
+                                  int64_t rows, int64_t outputs, int64_t inputs, int64_t most, bool gated) {
+    (gated ? multiply<true> : multiply<false>)(x, packed, bias, y, scratch, rows, outputs, inputs, most);
 }
 #endif
+
+extern "C" void gumbel_noise(const int64_t* keys, const int64_t* ids, float* out, int64_t rows, int64_t count, int64_t stride) {
+    gumbel(keys, ids, out, rows, count, stride);
+}
+extern "C" void add_histogram(const float* x, const float* greatest, double* masses, double* counts, int64_t rows, int64_t size, int64_t bins,
+                              float per_unit) {
+    histogram(x, greatest, masses, counts, rows, size, bins, per_unit);
+}
 
 // `runs` runs of `length` bytes, one every `stride` bytes of the file, one after another into memory. The bytes read: all of them,
 // fewer where the file ends, or less than 0 when reading failed.
@@ -433,11 +694,11 @@ extern "C" int64_t read_runs(int64_t file, char* to, int64_t offset, int64_t len
         rotate_and_cache(qkv, cos, sin, q_weight, k_weight, eps, offset, slots, keys, values, tokens, heads, kv_heads, head_dim,         \
                          rotated, block_size);                                                                                           \
     }                                                                                                                                    \
-    extern "C" void paged_attention_##T(const T* q, T* out, const T* keys, const T* values, const int64_t* rows, const int32_t* tables,  \
-                                        const int64_t* contexts, const int32_t* groups, int64_t spans, int64_t kv_heads,                 \
+    extern "C" void paged_attention_##T(const T* q, T* out, const T* keys, const T* values, const int32_t* offsets,                      \
+                                        const int32_t* contexts, const int32_t* tables, const int32_t* groups, int64_t spans, int64_t kv_heads, \
                                         int64_t head_dim, int64_t q_stride, int64_t out_stride, int64_t block_size,                      \
                                         int64_t table_width, int64_t window, float scale, float softcap) {                               \
-        paged_attention(q, out, keys, values, rows, tables, contexts, groups, spans, kv_heads, head_dim, q_stride, out_stride,           \
+        paged_attention(q, out, keys, values, offsets, contexts, tables, groups, spans, kv_heads, head_dim, q_stride, out_stride,           \
                         block_size, table_width, window, scale, softcap);                                                                \
     }                                                                                                                                    \
     extern "C" void silu_and_multiply_##T(const T* gate_up, T* out, int64_t rows, int64_t size) {                                        \

@@ -20,19 +20,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dist_infer.model import huge_pages
+from dist_infer.model.attention_plan import SpanTable
+
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = "-O3 -march=native -std=c++17 -fopenmp -fPIC -w"
 NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
-_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_POINTER, _INT, _FLOAT, _BOOL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_bool
 _ARGUMENTS = {
     "add_rms_norm": [_POINTER] * 4 + [_INT] * 2 + [_FLOAT] * 2,
     "rotate_and_cache": [_POINTER] * 5 + [_FLOAT] * 2 + [_POINTER] * 3 + [_INT] * 6,
     "paged_attention": [_POINTER] * 8 + [_INT] * 8 + [_FLOAT] * 2,
     "silu_and_multiply": [_POINTER] * 2 + [_INT] * 2,
 }
-_PANEL, _MOST_ROWS = 32, 144  # PANEL and ROWS of native.cpp
-_PRODUCTS = {"pack_matrix": [_POINTER] * 2 + [_INT] * 2, "multiply": [_POINTER] * 5 + [_INT] * 3}
+_LANES, _TILE = 16, 12  # WIDTH and TILE of native.cpp
+_NEAR = 1 << 19  # bytes of inputs that stay in a core's own cache while a packed weight passes by
+_PRODUCTS = {"pack_matrix": [_POINTER] * 2 + [_INT] * 2 + [_BOOL], "multiply": [_POINTER] * 5 + [_INT] * 4 + [_BOOL]}
 
 
 class Kernels:
@@ -100,31 +104,27 @@ class Kernels:
         out: Tensor,
         keys: Tensor,
         values: Tensor,
-        rows: Tensor,
-        tables: Tensor,
-        contexts: Tensor,
+        spans: SpanTable,
         groups: Tensor,
         window: int | None,
         scale: float,
         softcap: float | None = None,
     ) -> None:
-        """Attention of one-token spans.
+        """Attention of all spans.
 
         Args:
             q: [tokens, heads, head_dim], contiguous but for the first dim.
-            out: The same shape; its `rows` are written.
+            out: The same shape, written.
             keys: [blocks, kv_heads, block_size, head_dim], the layer's pool; `values` likewise.
-            rows: [spans] int64, the spans' tokens.
-            tables: [spans, width] int32, their block tables.
-            contexts: [spans] int64, tokens each sees.
+            spans: Which tokens read which blocks.
             groups: [kv_heads + 1] int32, first query head on each KV head, and the end.
             window: The layer's sliding window.
             scale: Factor on the scores.
             softcap: What keeps them below itself, if anything does.
         """
         _, kv_heads, block_size, head_dim = keys.shape
-        pointers = [_at(tensor) for tensor in (q, out, keys, values, rows, tables, contexts, groups)]
-        sizes = (len(rows), kv_heads, head_dim, q.stride(0), out.stride(0), block_size, tables.shape[1], window or 0)
+        pointers = [_at(tensor) for tensor in (q, out, keys, values, spans.offsets, spans.contexts, spans.tables, groups)]
+        sizes = (len(spans.contexts), kv_heads, head_dim, q.stride(0), out.stride(0), block_size, spans.tables.shape[1], window or 0)
         self._paged_attention(*pointers, *sizes, scale, softcap or 0.0)
 
     def silu_and_multiply(self, gate_up: Tensor) -> Tensor:
@@ -134,20 +134,27 @@ class Kernels:
         self._silu_and_multiply(_at(gate_up), _at(out), rows, size)
         return out
 
-    def pack_matrix(self, weight: Tensor) -> Tensor:
-        """`weight` [outputs, inputs] in the layout `multiply` reads: panels of 32 outputs, inputs two by two."""
+    def pack_matrix(self, weight: Tensor, gated: bool = False) -> Tensor:
+        """`weight` [outputs, inputs] in the layout `multiply` reads: panels of 32 outputs, inputs two by two.
+
+        Args:
+            weight: The matrix.
+            gated: Whether its upper half is a gate of its lower half; then a panel holds 16 outputs of each.
+        """
         outputs, inputs = weight.shape
-        packed = torch.empty(-(-outputs // _PANEL), (inputs + 1) // 2, _PANEL, dtype=torch.int32)
-        self._pack_matrix(_at(weight.contiguous()), _at(packed), outputs, inputs)
+        panels = -(-(outputs // 2) // _LANES) if gated else -(-outputs // (2 * _LANES))
+        packed = huge_pages.zeros((panels, (inputs + 1) // 2, 2 * _LANES), torch.int32)
+        self._pack_matrix(_at(weight.contiguous()), _at(packed), outputs, inputs, gated)
         return packed
 
-    def multiply(self, x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
-        """x [rows, inputs] times a packed weight, plus `bias` [outputs]: [rows, outputs]."""
+    def multiply(self, x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None, gated: bool = False) -> Tensor:
+        """x [rows, inputs] times a packed weight, plus `bias` [outputs]: [rows, outputs], or if `gated` silu(gate) * up, half as wide."""
         x = x.contiguous()
         rows, inputs = x.shape
-        y = x.new_empty(rows, outputs)
-        scratch = torch.empty(min(rows, _MOST_ROWS) * packed.shape[1], dtype=torch.int32)
-        self._multiply(_at(x), _at(packed), _at(bias), _at(y), _at(scratch), rows, outputs, inputs)
+        y = x.new_empty(rows, outputs // 2 if gated else outputs)
+        together = min(max(_NEAR // (2 * inputs) // _TILE, 1), 24) * _TILE
+        scratch = torch.empty(min(rows, together) * packed.shape[1], dtype=torch.int32)
+        self._multiply(_at(x), _at(packed), _at(bias), _at(y), _at(scratch), rows, outputs, inputs, together, gated)
         return y
 
 
@@ -183,6 +190,39 @@ def read_runs(fd: int, to: Tensor, offset: int, length: int, stride: int, runs: 
     if count < 0:
         raise OSError(-count, os.strerror(-count))
     return count
+
+
+def gumbel(keys: Tensor, ids: Tensor) -> Tensor | None:
+    """Gumbel noise [rows, n] float32 of CPU token ids [n] or [rows, n] under keys [rows, 2], int64; None where there are no kernels."""
+    library = _library()
+    if library is None:
+        return None
+    keys, ids = keys.contiguous(), ids.contiguous()
+    out = torch.empty(len(keys), ids.shape[-1])
+    library.gumbel_noise.argtypes, library.gumbel_noise.restype = [_POINTER] * 3 + [_INT] * 3, None
+    library.gumbel_noise(_at(keys), _at(ids), _at(out), *out.shape, ids.shape[-1] if ids.dim() > 1 else 0)
+    return out
+
+
+def histogram(values: Tensor, greatest: Tensor, bins: int, per_unit: float) -> tuple[Tensor, Tensor] | None:
+    """Sums of exp(value - greatest), and numbers of values, in each bin below the greatest's; None where there are no kernels.
+
+    Args:
+        values: [rows, n] float32, contiguous, on the CPU.
+        greatest: [rows, 1], of each row.
+        bins: How many; all values below them are in one more.
+        per_unit: Bins in 1.
+
+    Returns:
+        Both [rows, bins + 1] float64.
+    """
+    library = _library()
+    if library is None:
+        return None
+    masses, counts = torch.zeros(2, len(values), bins + 1, dtype=torch.float64)
+    library.add_histogram.argtypes, library.add_histogram.restype = [_POINTER] * 4 + [_INT] * 3 + [_FLOAT], None
+    library.add_histogram(_at(values), _at(greatest), _at(masses), _at(counts), *values.shape, bins, per_unit)
+    return masses, counts
 
 
 @functools.cache

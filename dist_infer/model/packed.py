@@ -13,6 +13,14 @@ from dist_infer.model.native import Kernels
 PackedProduct = Callable[[Tensor, Tensor | None], Tensor]
 
 
+def packed_gated_product(weight: Tensor, kernels: Kernels | None) -> PackedProduct | None:
+    """Multiplication by a gate above what it gates, [2 * size, inputs], to silu(gate) * up [rows, size]; None where there is no kernel."""
+    if weight.device.type != "cpu" or kernels is None or not kernels.can_multiply or weight.dtype != torch.bfloat16:
+        return None
+    outputs, packed = len(weight), kernels.pack_matrix(weight, gated=True)
+    return lambda x, bias: kernels.multiply(x, packed, outputs, bias, gated=True)
+
+
 def packed_product(weight: Tensor, kernels: Kernels | None) -> PackedProduct | None:
     """Multiplication by `weight` [outputs, inputs], of which a packed copy is made; None where there is no faster layout.
 

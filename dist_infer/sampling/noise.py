@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_infer.model import native
+
 # Weyl increment and finalizer multipliers of the splitmix64 family.
 _STEP = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
@@ -38,7 +40,11 @@ def gumbel(keys: np.ndarray, ids: Tensor) -> Tensor:
     Returns:
         [rows, n] float32. Sixty-three random bits stand behind each number, so that the upper tail is as fine as float32 can say.
     """
-    shift, factor = torch.from_numpy(keys).to(ids.device).T[..., None]
+    pairs = torch.from_numpy(keys).to(ids.device)
+    compiled = native.gumbel(pairs, ids) if ids.device.type == "cpu" else None
+    if compiled is not None:
+        return compiled
+    shift, factor = pairs.T[..., None]
     # The ids are mixed before the keys meet them (once for all rows), so a row costs one round: multiply, fold, multiply.
     bits = (_mixed(ids) + shift).mul_(factor)
     folded = torch.bitwise_right_shift(bits, 32)

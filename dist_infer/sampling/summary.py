@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_infer.model import native
 from dist_infer.sampling.noise import gumbel, row_keys
 from dist_infer.sampling.processors import changes, process
 from dist_infer.sampling.ranking import best, top
@@ -273,12 +274,23 @@ def _noised_fields(summary: _Summary, scaled: Tensor, raw: Tensor | None, at: li
 def _histogram_fields(summary: _Summary, scaled: Tensor, at: list[int]) -> None:
     """Probability and number of tokens in each bin of scaled logits."""
     greatest = reference(scaled)
-    top_bin = bin_of(greatest)
-    summary.put("top_bin", top_bin.to(torch.int32).view(torch.float32), at)
-    bins = (top_bin - bin_of(scaled)).clamp_(0, BINS)
-    # In double precision, so that a bin of many tokens is known far better than the leader's margin.
-    empty = torch.zeros(len(at), BINS + 1, dtype=torch.float64, device=scaled.device)
+    summary.put("top_bin", bin_of(greatest).to(torch.int32).view(torch.float32), at)
+    masses, counts = histogram(scaled, greatest)
     if summary.layout.masses:
-        summary.put("masses", empty.scatter_add(1, bins, (scaled - greatest).exp_().double()), at)
+        summary.put("masses", masses, at)
     if summary.layout.counts:
-        summary.put("counts", empty.scatter_add(1, bins, torch.ones((), dtype=torch.float64, device=scaled.device).expand_as(bins)), at)
+        summary.put("counts", counts, at)
+
+
+def histogram(scaled: Tensor, greatest: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of exp(scaled - greatest), and numbers of tokens, in each bin, both [rows, BINS + 1].
+
+    In double precision, so that a bin of many tokens is known far better than the leader's margin.
+    """
+    compiled = native.histogram(scaled.contiguous(), greatest, BINS, BINS_PER_NAT) if scaled.device.type == "cpu" else None
+    if compiled is not None:
+        return compiled
+    bins = (bin_of(greatest) - bin_of(scaled)).clamp_(0, BINS)
+    empty = torch.zeros(len(scaled), BINS + 1, dtype=torch.float64, device=scaled.device)
+    masses = empty.scatter_add(1, bins, (scaled - greatest).exp_().double())
+    return masses, empty.scatter_add(1, bins, torch.ones((), dtype=torch.float64, device=scaled.device).expand_as(bins))

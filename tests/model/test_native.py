@@ -151,13 +151,11 @@ def test_a_span_reads_its_own_tokens_only() -> None:
         pool[5, :, 2:] = float("nan")  # beyond the sequence's end
     q, out = torch.ones(1, 2, 16), torch.empty(1, 2, 16)
     plan = AttentionPlan([Span(0, 1, 6, np.array([3, 5], dtype=np.int32))], torch.tensor([21]), block_size)
-    assert plan.decodes is not None
     groups = torch.tensor([0, 2], dtype=torch.int32)
-    where = (plan.decodes.rows, plan.decodes.tables, plan.decodes.contexts)
-    found.paged_attention(q, out, cache.keys[0], cache.values[0], *where, groups, None, 1.0)
+    found.paged_attention(q, out, cache.keys[0], cache.values[0], plan.spans, groups, None, 1.0)
     torch.testing.assert_close(out, torch.ones(1, 2, 16))
     cache.keys[0][5, :, 1] = float("nan")  # its last token
-    found.paged_attention(q, out, cache.keys[0], cache.values[0], *where, groups, None, 1.0)
+    found.paged_attention(q, out, cache.keys[0], cache.values[0], plan.spans, groups, None, 1.0)
     assert out.isnan().all(), "a NaN in the cache was lost"
 
 

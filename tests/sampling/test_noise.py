@@ -10,6 +10,7 @@ import torch
 from sampling_reference import run_sharded
 from scipy import stats
 
+from dist_infer.model import native
 from dist_infer.sampling.noise import gumbel, row_keys
 from dist_infer.sampling.slots import SlotParams
 
@@ -90,3 +91,13 @@ def test_tokens_follow_the_distribution(features: dict[str, float]) -> None:
     pooled = [*observed[common], observed[~common].sum()], [*expected[common], expected[~common].sum()]
     some = [i for i in range(len(pooled[1])) if pooled[1][i] > 0]
     assert stats.chisquare([pooled[0][i] for i in some], [pooled[1][i] for i in some]).pvalue > 1e-4
+
+
+@pytest.mark.skipif(native.kernels(torch.float32) is None, reason="no C++ compiler")
+def test_compiled_noise_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = row_keys([2**63 - 1, 5, 0], [0, 0, 1], [100, 7, 7])
+    for ids in (torch.arange(32003), torch.arange(9000).view(3, -1) * 7, torch.tensor([5])):
+        compiled = gumbel(keys, ids)
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "gumbel", lambda *_: None)
+            torch.testing.assert_close(compiled, gumbel(keys, ids), rtol=1e-6, atol=1e-6)

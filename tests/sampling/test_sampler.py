@@ -9,9 +9,10 @@ import pytest
 import torch
 from sampling_reference import reference_token, run_sharded
 
+from dist_infer.model import native
 from dist_infer.sampling.sampler import Decisions
 from dist_infer.sampling.slots import SlotParams
-from dist_infer.sampling.summary import NOISED, SHORTLIST, SummaryLayout
+from dist_infer.sampling.summary import NOISED, SHORTLIST, SummaryLayout, histogram, reference
 
 SHARDS = (1, 2, 3, 4, 8)
 VOCAB = 301
@@ -230,3 +231,16 @@ def test_no_rows_are_no_trouble() -> None:
     tokens, decisions = run_sharded(torch.empty(0, VOCAB), [], [], 2)
     assert tokens == []
     assert decisions == Decisions([], [], [], [], [], [])
+
+
+@pytest.mark.skipif(native.kernels(torch.float32) is None, reason="no C++ compiler")
+def test_compiled_histograms_are_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled = torch.randn(5, 1001, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1.0], [8.0], [300.0], [1.0], [1.0]])
+    scaled[3, ::2], scaled[4] = float("-inf"), float("-inf")
+    masses, counts = histogram(scaled, reference(scaled))
+    monkeypatch.setattr(native, "histogram", lambda *_: None)
+    eager_masses, eager_counts = histogram(scaled, reference(scaled))
+    assert counts.equal(eager_counts)
+    torch.testing.assert_close(masses[:4], eager_masses[:4], rtol=1e-6, atol=1e-6)
+    scaled[0, 7] = float("nan")  # such a row is refused elsewhere
+    histogram(scaled, reference(scaled))
