@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dist_infer.config.engine import EngineOptions
 from dist_infer.config.sampling import SamplingParams
@@ -24,7 +23,7 @@ from dist_infer.distributed.mesh import MeshShape
 from dist_infer.engine.blocks import BlockAllocator
 from dist_infer.engine.engine import Delta, Engine
 from dist_infer.engine.request import Request, Result
-from dist_infer.engine.runner import Shape
+from dist_infer.engine.runner import Answer
 from dist_infer.engine.scheduler import RopeRules, Scheduler
 from dist_infer.engine.step import Step
 from dist_infer.evaluation.journal import Journal
@@ -41,15 +40,10 @@ class IdleRunner:
         control = SimpleNamespace(size=1, gather=lambda answer: [answer])
         self.mesh: Any = SimpleNamespace(control=control, shape=MeshShape(1, 1, 1))
 
-    def send(self, step: Step) -> None:
-        """Nobody else is there."""
-
-    def execute(self, step: Step) -> tuple[Tensor | None, Shape]:
+    def execute(self, step: Step) -> Answer | None:
         """As `Runner.execute`, for steps that score."""
-        rows = sum(span.rows for span in step.spans)
-        layout = SummaryLayout(targets=True) if rows else None
-        shape = Shape(layout, rows, 0, VOCABULARY)
-        return torch.ones(shape.size) if rows else None, shape
+        rows, layout = sum(span.rows for span in step.spans), SummaryLayout(targets=True)
+        return Answer(torch.ones(rows, layout.width), layout) if rows else None
 
 
 @dataclass

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from model import large_config, write_large_checkpoint
+from model import model_config, write_model
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -84,7 +84,7 @@ def of_dcp(directory: Path, columns: tuple[str, ...] = ()) -> Side:
 def of_safetensors(directory: Path) -> Side:
     """`load_file`, and a copy into the parameters of an empty module."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig.from_json_file(directory / "config.json")).to(torch.bfloat16)
+        model = LlamaForCausalLM(LlamaConfig.from_json_file(directory / "config.json")).bfloat16()
     model.to_empty(device="cpu")
 
     @torch.no_grad()
@@ -197,7 +197,7 @@ def main() -> None:
     records = []
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
-        size = write_large_checkpoint(large_config(args.layers), path)
+        size = write_model(model_config("1.3B", num_hidden_layers=args.layers), path)
         print(f"checkpoint of {size / 1e9:.2f} GB, medians of {args.rounds} rounds")
         print("GB/s: of the second load; GB read: asked of files by all ranks, in one load (load_file maps its file instead)")
         print("extra MB: the most anonymous memory of a rank above its weights")

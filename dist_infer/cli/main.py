@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "write a model anew, as transformers and others read it",
     "report": "results of sweeps and evaluations as one page, plots and a table",
     "inspect": "what a checkpoint is, and what each rank would read and hold",
+    "plan": "memory, speed and load time of a model on a cluster, mesh by mesh",
     "env": "what a bug report needs: versions, devices, job, checkpoint",
 }
 HIDDEN = ("worker",)  # started by rank 0, not by people

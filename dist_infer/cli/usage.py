@@ -20,6 +20,8 @@ NOTES = {
     "report": "DIR holds results of a sweep or an eval, or results_*.json of lm_eval; several are compared with the first. The page\n"
     "goes to DIR/report.html, for several to comparison/report.html; plots/*.png and summary.csv go beside it. No ranks are started.",
     "inspect": "Needs model.path only; parallel.* and model.config show the cut for a mesh and whether weights match the model.",
+    "plan": "model.path is a checkpoint, or a config.json of a model without weights yet; cluster.* and workload.* say where and what.\n"
+    "Axes given by parallel.* are kept, the others tried. No ranks are started, no weights read; output=FILE.json gets every figure.",
     "env": "Needs nothing; model.path=CHECKPOINT adds what that is. Of the environment it prints only variables it knows by name.",
 }
 

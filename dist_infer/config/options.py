@@ -17,6 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dist_infer.config.cluster import ClusterOptions
 from dist_infer.config.engine import EngineOptions
 from dist_infer.config.eval import EvalOptions
 from dist_infer.config.field import check_ranges, option
@@ -25,11 +26,12 @@ from dist_infer.config.model import ModelOptions
 from dist_infer.config.parallel import ParallelOptions
 from dist_infer.config.sampling import SamplingParams
 from dist_infer.config.sweep import SweepOptions
+from dist_infer.config.workload import WorkloadOptions
 
 TEXT_KEYS = ("prompts", "sampling.stop", "system")
 STRINGS = ("str", "str | None")
 MAPPINGS = ("sampling.logit_bias", "eval.gen_kwargs", "sweep.grid")  # what is below these is a value, not an option
-NOT_OF_RESULTS = ("prompts", "input", "output", "journal", "logs", "status", "format", "system", "sweep.")
+NOT_OF_RESULTS = ("prompts", "input", "output", "journal", "logs", "status", "format", "system", "sweep.", "cluster.", "workload.")
 
 
 @dataclass
@@ -43,9 +45,11 @@ class Options:
     loader: LoaderOptions = field(default_factory=LoaderOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
     sweep: SweepOptions = field(default_factory=SweepOptions)
+    cluster: ClusterOptions = field(default_factory=ClusterOptions)
+    workload: WorkloadOptions = field(default_factory=WorkloadOptions)
     prompts: list[str] = option([], "prompts to continue, streamed to the terminal")
     input: str | None = option(None, "JSONL file of requests")
-    output: str | None = option(None, "JSONL file of results; of an export, an eval or a sweep, a directory")
+    output: str | None = option(None, "JSONL file of results; of an export, an eval or a sweep, a directory; of a plan, a JSON file")
     journal: str | None = option(None, "directory where every leader writes down what it finished; of a sweep: OUTPUT/journal")
     logs: str | None = option(None, "directory of log files, one a rank; of a sweep: OUTPUT/logs")
     status: str | None = option(None, "JSON file that says how the run ended, for scripts")

@@ -18,6 +18,6 @@ class ParallelOptions:
     heartbeat_s: float = option(10.0, "a rank stopped, or silent on another host, for longer is taken for dead, in seconds", above=0)
     collectives: str = option(
         "auto",
-        "how ranks of one host reduce on CPU: shared memory where it works, else gloo",
-        choices=("auto", "shared_memory", "process_group"),
+        "how ranks sum; auto: shared memory between CPU ranks of one host, else the fastest as measured (a name makes rounding repeatable)",
+        choices=("auto", "shared_memory", "process_group", "hierarchical", "symmetric_memory"),
     )

@@ -22,11 +22,13 @@ class Communicator(ABC):
         rank: Index of this rank in the group.
         size: Ranks in the group.
         waiting: Whether a call waits for other ranks, or did so in vain.
+        capturable: Whether a CUDA graph may hold its sums.
     """
 
     rank: int
     size: int
     waiting: bool = False
+    capturable: bool = False
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -58,6 +60,7 @@ class SingleRank(Communicator):
 
     rank = 0
     size = 1
+    capturable = True
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum of one tensor is itself."""
@@ -91,6 +94,7 @@ class ProcessGroup(Communicator):
         self._device = device
         self._backend = group._get_backend(device)
         self._gloo = self._backend.name() == "gloo"
+        self.capturable = not self._gloo
         self._error: Exception | None = None
 
     def all_reduce(self, tensor: Tensor) -> Tensor:

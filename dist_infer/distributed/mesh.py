@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TypeVar
-from weakref import WeakValueDictionary
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_infer.config.parallel import ParallelOptions
-from dist_infer.distributed.collectives import Communicator, ProcessGroup, SingleRank
-from dist_infer.distributed.shared_memory import SharedMemory
+from dist_infer.distributed.collectives import Communicator
+from dist_infer.distributed.connect import Connector
 from dist_infer.distributed.world import World
 
 WEIGHTS_FRACTION = 0.8  # of a rank's free memory that weights may take before fsdp cuts them
-
-C = TypeVar("C", bound=Communicator)
 
 
 @dataclass(frozen=True)
@@ -142,13 +136,12 @@ class Mesh:
         """Make the communicators; every rank of the world must do so.
 
         Raises:
-            ValueError: The shape is not the world's, or shared memory was asked for and does not work.
+            ValueError: The shape is not the world's, or the collectives that were asked for do not work.
         """
         if shape.size != world.size:
             raise ValueError(f"parallel: {shape} = {shape.size} ranks, but the world has {world.size}")
         self.shape, self.coordinates = shape, shape.coordinates(world.rank)
-        self._world, self._parallel = world, parallel
-        self._communicators: list[Communicator] = []
+        self._world, self._connector = world, Connector(world, parallel)
         width = shape.fsdp * shape.tp
         first = self.coordinates.replica * width
         replica = tuple(range(first, first + width))
@@ -158,12 +151,18 @@ class Mesh:
 
         self._twins: Communicator | None = None
         cpu = torch.device("cpu")
-        self.control = self._connect(world, replica, cpu, parallel)
-        self.tp = self.control if (tp, world.device) == (replica, cpu) else self._connect(world, tp, world.device, parallel)
+        connect = self._connector.connect
+        self.control = connect(replica, cpu)
+        self.tp = self.control if (tp, world.device) == (replica, cpu) else connect(tp, world.device)
         self.fsdp_device_mesh: DeviceMesh | None = None
         if shape.fsdp > 1:
-            group = self._process_group(world, fsdp, world.device, parallel).group
+            group = self._connector.process_group(fsdp, world.device).group
             self.fsdp_device_mesh = DeviceMesh.from_group(group, world.device.type, mesh_dim_names=("fsdp",))
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person may want to know of how these ranks were connected."""
+        return self._connector.notes
 
     @property
     def is_leader(self) -> bool:
@@ -180,56 +179,9 @@ class Mesh:
         if self._twins is None:
             width = self.shape.fsdp * self.shape.tp
             first = self.coordinates.fsdp * self.shape.tp + self.coordinates.tp
-            self._twins = self._connect(self._world, tuple(range(first, self.shape.size, width)), torch.device("cpu"), self._parallel)
+            self._twins = self._connector.connect(tuple(range(first, self.shape.size, width)), torch.device("cpu"))
         return self._twins
 
     def close(self) -> None:
         """Free the communicators."""
-        while self._communicators:
-            communicator = self._communicators.pop()
-            self._world.watchdog.release(communicator)
-            communicator.close()
-
-    def _connect(self, world: World, ranks: tuple[int, ...], device: torch.device, parallel: ParallelOptions) -> Communicator:
-        """The best communicator between `ranks` for tensors on `device`."""
-        if len(ranks) == 1:
-            return SingleRank()
-        if device.type == "cpu" and parallel.collectives != "process_group":
-            communicator = SharedMemory.connect(world, ranks, parallel.timeout_s)
-            if isinstance(communicator, SharedMemory):
-                return self._keep(communicator)
-            if parallel.collectives == "shared_memory":
-                raise ValueError(f"parallel.collectives=shared_memory: {communicator}; use auto or process_group")
-        return self._process_group(world, ranks, device, parallel)
-
-    def _process_group(self, world: World, ranks: tuple[int, ...], device: torch.device, parallel: ParallelOptions) -> ProcessGroup:
-        return self._keep(ProcessGroup(_group(ranks, world.backend, parallel.timeout_s), device))
-
-    def _keep(self, communicator: C) -> C:
-        self._communicators.append(communicator)
-        self._world.watchdog.guard(communicator)
-        return communicator
-
-
-# Of the process's default group. torch names a group by its ranks and by how many groups there are, so one that is made again
-# after it was destroyed finds what the first left in the store; and a look between training steps is taken often. They live as
-# long as torch keeps them: a group that outlives its threads' time ends the process.
-_groups: WeakValueDictionary[tuple[tuple[int, ...], str | None, float], dist.ProcessGroup] = WeakValueDictionary()
-
-
-def _group(ranks: tuple[int, ...], backend: str | None, timeout_s: float) -> dist.ProcessGroup:
-    """The process group of `ranks`, all of which call this: an earlier mesh's, or a new one."""
-    group = _groups.get((ranks, backend, timeout_s))
-    if group is None or not _exists(group):
-        made = dist.new_group(list(ranks), timedelta(seconds=timeout_s), backend, use_local_synchronization=True)
-        assert isinstance(made, dist.ProcessGroup)
-        group = _groups[ranks, backend, timeout_s] = made
-    return group
-
-
-def _exists(group: dist.ProcessGroup) -> bool:
-    """Whether the default group that `group` was made beside is still there."""
-    try:
-        return bool(dist.get_process_group_ranks(group))
-    except (KeyError, ValueError):
-        return False
+        self._connector.close()

@@ -7,21 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
+from dist_infer.engine.decider import Decided, Decider
 from dist_infer.engine.request import Output, Request, Result, Score, TokenLogprob, Usage
-from dist_infer.engine.runner import Runner, Shape
+from dist_infer.engine.runner import Answer, Runner
 from dist_infer.engine.scheduler import Entry, Scheduler
 from dist_infer.engine.sequence import Sequence
+from dist_infer.engine.statistics import Statistics
 from dist_infer.engine.step import Kind, Step
-from dist_infer.model.weights import cut
-from dist_infer.sampling.sampler import decide, resolve
 from dist_infer.sampling.slots import SlotParams
 from dist_infer.sampling.stop import Detokenizer, StopRule, Tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Delta:
     """What one step added to an output."""
 
@@ -30,21 +27,6 @@ class Delta:
     text: str
     token_id: int
     finish_reason: str | None
-
-
-@dataclass
-class Statistics:
-    """What the engine has done: tokens and seconds."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    prefill_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-    steps: int = 0
-    resolved: int = 0
 
 
 @dataclass
@@ -62,6 +44,10 @@ class _Group:
 class Engine:
     """Runs requests on the ranks of one replica; lives on its leader.
 
+    With `overlap` a step's plan is made and sent while the step before is computed, and its missing tokens follow as soon as they are
+    decided; what else is to be done with them (text, stop rules, results) is done while it is computed. A stop found so late costs one
+    row, which is dropped.
+
     Args:
         runner: The leader's own rank.
         scheduler: Decides the steps.
@@ -70,6 +56,7 @@ class Engine:
         eos_ids: The model's end tokens.
         tokenizer: Turns tokens into text; None for token ids only.
         heartbeat_s: An idle engine says so this often, so that no collective runs into its time-out.
+        overlap: Whether steps overlap; worth it where a device computes by itself.
     """
 
     def __init__(
@@ -81,13 +68,16 @@ class Engine:
         eos_ids: tuple[int, ...],
         tokenizer: Tokenizer | None,
         heartbeat_s: float,
+        overlap: bool = False,
     ) -> None:
-        self.runner, self.scheduler = runner, scheduler
+        self.runner, self.scheduler, self.overlap = runner, scheduler, overlap
         self.vocab_size, self.max_model_len = vocab_size, max_model_len
         self.eos_ids, self.tokenizer = eos_ids, tokenizer
         self.statistics = Statistics()
+        self._decider = Decider(runner.mesh.shape, vocab_size, self._full_rows)
         self._groups: dict[int, _Group] = {}
-        self._unresolved: list[tuple[Sequence, int, int]] = []  # sequence, owner, row of the step before
+        self._launched: list[Entry] = []  # of the step that is being computed between two calls of `step`
+        self._waited = 0.0  # seconds of the present step that were not the leader's own
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._stepped = time.monotonic()
@@ -130,12 +120,9 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """Forget a request that is no longer wanted."""
-        group = self._groups.pop(id(request), None)
-        for sequence in group.sequences if group else []:
-            if not sequence.finished:
-                self.scheduler.remove(sequence)
-                sequence.finish_reason = "cancelled"
-        self._unresolved = [entry for entry in self._unresolved if not entry[0].finished]
+        self._forget(request)
+        with self._lock:
+            self._settle()
 
     @property
     def busy(self) -> bool:
@@ -144,27 +131,19 @@ class Engine:
 
     def step(self) -> tuple[list[Delta], list[Result]]:
         """One step of all ranks: what it added to outputs, and the requests it finished."""
-        began = time.perf_counter()
-        with self._lock:
-            step, entries = self.scheduler.schedule()
-            pending, self._unresolved = self._unresolved, []
-            step.resolves = [(owner, row) for _, owner, row in pending]
-            assert step.spans or step.resolves, "a step without work: a sequence is stuck"
-            self._send(step)
-            answer, shape = self.runner.execute(step)
-            answers = self.runner.mesh.control.gather(answer) if answer is not None else None
-            self._stepped = time.monotonic()
-        self._count(entries, began)
-        self.scheduler.commit(entries)
+        began, self._waited = time.perf_counter(), 0.0
         deltas: list[Delta] = []
         results: list[Result] = []
-        if answers is not None:
-            by_owner = self._rows_by_owner(entries)  # before a sequence ends and leaves its coordinate
-            for sequence, token, logprob in self._resolve(pending, answers, shape):
-                self._append(sequence, token, logprob, deltas, results)
-            for owner, rows in enumerate(by_owner):
-                if rows:
-                    self._decide(owner, rows, answers, shape, deltas, results)
+        with self._lock:
+            entries, decided = self._overlapped() if self.overlap else self._alone()
+            self._stepped = time.monotonic()
+            self.statistics.count(entries, time.perf_counter() - began)
+            for entry in entries:
+                entry.sequence.awaited = False
+            for part in decided:
+                self._take_in(part, deltas, results)
+            self._settle()
+        self.statistics.leader_seconds += time.perf_counter() - began - self._waited
         return deltas, results
 
     def run(
@@ -201,13 +180,13 @@ class Engine:
         with self._lock:
             if self._following:
                 self._following = False
-                self.runner.send(Step(Kind.RELEASE))
+                self.runner.send(Step(Kind.RELEASE).encode())
 
     def swap(self, path: str) -> None:
         """Tell the workers to load the checkpoint at `path`; they follow again when they have (see `resume`)."""
         with self._lock:
             self._following = False
-            self.runner.send(Step(Kind.SWAP, message=path))
+            self.runner.send(Step(Kind.SWAP, message=path).encode())
 
     def forget_prefixes(self) -> None:
         """Forget what the KV cache holds of prompts: it was computed with other weights."""
@@ -225,7 +204,7 @@ class Engine:
         with self._lock:
             if self._following:
                 self._following = False
-                self.runner.send(Step(Kind.STOP) if error is None else Step(Kind.ERROR, message=error))
+                self.runner.send((Step(Kind.STOP) if error is None else Step(Kind.ERROR, message=error)).encode())
         if self._heart is not None:
             self._heart.join()
 
@@ -234,7 +213,7 @@ class Engine:
         scored = request.score_from is not None
         prompt_len = len(tokens) - 1 if scored else len(tokens)
         if scored:
-            return Sequence(request, index, SlotParams(prompt_len=prompt_len), None, tokens, prompt_len)
+            return Sequence(request, index, SlotParams(prompt_len=prompt_len), None, tokens, prompt_len, prompt_len)
         slot_params = SlotParams.of(
             request.params, seed=request.seed, sequence=index, prompt_len=prompt_len, eos_ids=self.eos_ids, vocab_size=self.vocab_size
         )
@@ -242,73 +221,96 @@ class Engine:
         if self.tokenizer is not None:
             detokenizer = Detokenizer(self.tokenizer, tokens, bool(request.params.skip_special_tokens))
         stop = StopRule(request.params, prompt_len=prompt_len, model_len=self.max_model_len, eos_ids=self.eos_ids, detokenizer=detokenizer)
-        return Sequence(request, index, slot_params, stop, tokens, prompt_len, parent)
+        return Sequence(request, index, slot_params, stop, tokens, prompt_len, prompt_len + stop.max_tokens, parent)
 
-    def _send(self, step: Step) -> None:
+    def _alone(self) -> tuple[list[Entry], list[Decided]]:
+        """A step from its schedule to its tokens."""
+        step, entries = self.scheduler.schedule()
+        assert step.spans, "a step without work: a sequence is stuck"
+        answers = self._tell(step)
+        self.scheduler.commit(entries)
+        return entries, self._decider.decide(entries, answers)
+
+    def _overlapped(self) -> tuple[list[Entry], list[Decided]]:
+        """The tokens of the step that is being computed; leaves the next one being computed."""
+        entries = self._launched or self._launch_first()
+        self.scheduler.commit(entries)
+        plan, planned = self.scheduler.schedule()
+        plan.kind = Kind.PLAN
+        decided = self._decider.decide(entries, self._tell(plan))
+        self._launched = planned
+        if planned:
+            self._tell(Step(Kind.LAUNCH, plan.number, decided=self._by_slot(decided)))
+        return entries, decided
+
+    def _launch_first(self) -> list[Entry]:
+        """Let the ranks begin a step when they have none."""
+        plan, entries = self.scheduler.schedule()
+        assert plan.spans, "a step without work: a sequence is stuck"
+        plan.kind = Kind.PLAN
+        self._tell(plan)
+        self._tell(Step(Kind.LAUNCH, plan.number))
+        return entries
+
+    def _by_slot(self, decided: list[Decided]) -> list[int]:
+        """The token decided for each slot; 0 where there is none, and where a sequence fails."""
+        tokens = [0] * len(self.runner.params)
+        for part in decided:
+            for (sequence, _), token in zip(part.rows, part.made.tokens, strict=True):
+                if sequence.slot is not None:
+                    tokens[sequence.slot] = max(token, 0)
+        return tokens
+
+    def _settle(self) -> None:
+        """Let the ranks finish a step whose sequences have all ended."""
+        if self._launched and not self._groups:
+            self._launched = []
+            self._tell(Step(Kind.PLAN))
+
+    def _tell(self, step: Step) -> list[Answer] | None:
+        """Send `step`, do this rank's part, and collect what the ranks answer."""
         self._following = True
-        self.runner.send(step)
+        control = self.runner.mesh.control
+        words = step.encode() if control.size > 1 else None
+        began = time.perf_counter()
+        if words is not None:
+            self.runner.send(words)
+        answer = self.runner.execute(step)
+        answers = None
+        if answer is not None:
+            parts = control.gather(answer.values)
+            assert parts is not None
+            answers = [Answer(part, answer.layout) for part in parts]
+        self._waited += time.perf_counter() - began
+        return answers
 
-    def _resolve(
-        self, pending: list[tuple[Sequence, int, int]], answers: list[Tensor], shape: Shape
-    ) -> Iterator[tuple[Sequence, int, float | None]]:
-        """Decide the rows of the step before that their summaries left open."""
-        taken = [0] * self.runner.mesh.shape.fsdp
-        for sequence, owner, _ in pending:
-            parts = [a[shape.summary_size :].view(shape.resolves, 2, -1)[taken[owner]] for a in self._shards(answers, owner)]
-            taken[owner] += 1
-            rows = [part[:, : stop - first] for part, (first, stop) in zip(parts, self._slices(), strict=True)]
-            processed, raw = torch.cat(rows, dim=1)
-            wanted = sequence.slot_params.logprobs >= 0
-            decided = resolve(processed, raw if wanted else None, sequence.slot_params, len(sequence.tokens))
-            self.statistics.resolved += 1
-            yield sequence, decided.token, decided.logprob
+    def _full_rows(self, rows: list[tuple[int, int]]) -> list[Answer]:
+        """The full logits of rows (owner, row) of the step answered last."""
+        answers = self._tell(Step(Kind.RESOLVE, resolves=rows))
+        assert answers is not None
+        return answers
 
-    def _rows_by_owner(self, entries: list[Entry]) -> list[list[tuple[Sequence, int]]]:
-        """Of each fsdp coordinate the rows of logits, in order: sequence and position of the token decided or scored."""
-        rows: list[list[tuple[Sequence, int]]] = [[] for _ in range(self.runner.mesh.shape.fsdp)]
-        for entry in entries:
-            owner, end = entry.sequence.owner, entry.sequence.computed + 1
-            assert owner is not None
-            rows[owner] += [(entry.sequence, position) for position in range(end - entry.rows, end)]
-        return rows
-
-    def _decide(
-        self, owner: int, rows: list[tuple[Sequence, int]], answers: list[Tensor], shape: Shape, deltas: list[Delta], results: list[Result]
-    ) -> None:
-        """Decide the rows of one fsdp coordinate."""
-        assert shape.layout is not None
-        summaries = [a[: shape.summary_size].view(shape.rows, -1)[: len(rows)] for a in self._shards(answers, owner)]
-        params = [sequence.slot_params for sequence, _ in rows]
-        positions = [position for _, position in rows]
-        targets = [sequence.tokens[position] if sequence.scored else -1 for sequence, position in rows]
-        made = decide(shape.layout, summaries, params, positions, targets if shape.layout.targets else None)
-        unresolved, invalid = set(made.unresolved), set(made.invalid)
-        for row, (sequence, position) in enumerate(rows):
+    def _take_in(self, part: Decided, deltas: list[Delta], results: list[Result]) -> None:
+        """Give sequences what was decided for them."""
+        made, invalid = part.made, set(part.made.invalid)
+        self.statistics.resolved += len(made.unresolved)
+        for row, (sequence, position) in enumerate(part.rows):
             if sequence.finished:
                 continue
             if row in invalid:
                 self._fail(sequence, f"the model gave no finite logits at position {position}", results)
             elif sequence.scored:
                 self._append_score(sequence, position, made.logprobs[row], made.is_greedy[row], results)
-            elif row in unresolved:
-                self._unresolved.append((sequence, owner, row))
-                sequence.logprobs += self._logprob(sequence, -1, made.logprobs[row], made.top_logprobs[row])
             else:
-                sequence.logprobs += self._logprob(sequence, made.tokens[row], made.logprobs[row], made.top_logprobs[row])
-                self._append(sequence, made.tokens[row], None, deltas, results)
+                wanted = sequence.slot_params.logprobs
+                if wanted >= 0:
+                    logprob = made.logprobs[row]
+                    assert logprob is not None
+                    sequence.logprobs.append(TokenLogprob(made.tokens[row], logprob, dict(made.top_logprobs[row][:wanted])))
+                self._append(sequence, made.tokens[row], deltas, results)
 
-    def _logprob(self, sequence: Sequence, token: int, logprob: float | None, top: list[tuple[int, float]]) -> list[TokenLogprob]:
-        wanted = sequence.slot_params.logprobs
-        if wanted < 0:
-            return []
-        return [TokenLogprob(token, logprob if logprob is not None else 0.0, dict(top[:wanted]))]
-
-    def _append(self, sequence: Sequence, token: int, resolved_logprob: float | None, deltas: list[Delta], results: list[Result]) -> None:
+    def _append(self, sequence: Sequence, token: int, deltas: list[Delta], results: list[Result]) -> None:
         """Add a decided token to its sequence."""
-        if sequence.finished:
-            return
-        if resolved_logprob is not None:
-            sequence.logprobs[-1].token_id, sequence.logprobs[-1].logprob = token, resolved_logprob
         assert sequence.stop is not None
         sequence.tokens.append(token)
         self.statistics.output_tokens += 1
@@ -337,7 +339,7 @@ class Engine:
     def _fail(self, sequence: Sequence, error: str, results: list[Result]) -> None:
         """End the whole request of `sequence` with an error of its own."""
         request = sequence.request
-        self.cancel(request)
+        self._forget(request)
         results.append(Result(request.id, request.index, error=error, seed=request.seed, key=request.key))
 
     def _result(self, group: _Group) -> Result:
@@ -360,31 +362,17 @@ class Engine:
         seed = request.seed if request.params.seed is None else request.params.seed
         return Result(request.id, request.index, outputs, usage=usage, seed=seed, key=request.key)
 
-    def _shards(self, answers: list[Tensor], owner: int) -> list[Tensor]:
-        """The answers of one fsdp coordinate's tp ranks."""
-        tp = self.runner.mesh.shape.tp
-        return answers[owner * tp : (owner + 1) * tp]
-
-    def _slices(self) -> list[tuple[int, int]]:
-        """Vocabulary slice of each tp rank."""
-        tp = self.runner.mesh.shape.tp
-        return [cut(self.vocab_size, tp, rank) for rank in range(tp)]
-
-    def _count(self, entries: list[Entry], began: float) -> None:
-        statistics, seconds = self.statistics, time.perf_counter() - began
-        statistics.steps += 1
-        prompts = sum(entry.length for entry in entries if entry.length > 1)
-        if prompts:
-            statistics.prefill_tokens += prompts
-            statistics.prefill_seconds += seconds
-        else:
-            statistics.decode_tokens += len(entries)
-            statistics.decode_seconds += seconds
+    def _forget(self, request: Request) -> None:
+        group = self._groups.pop(id(request), None)
+        for sequence in group.sequences if group else []:
+            if not sequence.finished:
+                self.scheduler.remove(sequence)
+                sequence.finish_reason = "cancelled"
 
     def _beat(self, interval: float) -> None:
         """Tell waiting workers now and then that the leader is alive."""
         while not self._closing.wait(interval):
             with self._lock:
                 if self._following and time.monotonic() - self._stepped >= interval:
-                    self.runner.send(Step(Kind.HEARTBEAT))
+                    self.runner.send(Step(Kind.HEARTBEAT).encode())
                     self._stepped = time.monotonic()

@@ -204,8 +204,14 @@ class Resident:
 
     def _kernels(self) -> Kernels | None:
         """The compiled kernels, if every rank has them: what all hold alike must be computed alike."""
-        wanted = self.blueprint.options.engine.native_kernels and self._world.device.type == "cpu"
-        found = kernels(self.blueprint.dtype) if wanted else None
+        options, dtype = self.blueprint.options.engine, self.blueprint.dtype
+        found = None
+        if options.native_kernels and self._world.device.type == "cpu":
+            found = kernels(dtype)
+        elif options.native_kernels:
+            from dist_infer.model.cuda_kernels import cuda_kernels  # 30 ms that no start on CPU should cost
+
+            found = cuda_kernels(self.shard.decoder, dtype, options.block_size)
         return found if all(self._world.exchange("native kernels", found is not None)) else None
 
     def _progress(self, blueprint: Blueprint, total_elements: int, what: str) -> tqdm:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from dist_infer.config.engine import EngineOptions
 from dist_infer.distributed.mesh import Mesh
-from dist_infer.engine.step import Kind, SpanOfStep, Step
+from dist_infer.engine.step import DECIDED, Kind, SpanOfStep, Step
 from dist_infer.model.batch import Batch, TokenSpan
 from dist_infer.model.cache import KVCache
 from dist_infer.model.decoder import LOGIT_ROWS, Decoder
 from dist_infer.model.fallback.decoder import FallbackDecoder
+from dist_infer.model.transfer import to_device
 from dist_infer.model.weights import cut
 from dist_infer.sampling.slots import Rows, SlotParams, SlotTable
 from dist_infer.sampling.summary import HeldRows, SummaryLayout, summarize
@@ -24,31 +25,53 @@ from dist_infer.sampling.summary import HeldRows, SummaryLayout, summarize
 FIRST_PART = 4096
 
 
-@dataclass
-class Shape:
-    """What every rank can tell about the answer to a step: its size is the same on all of them.
+@dataclass(frozen=True)
+class Answer:
+    """What a rank tells the leader; of the same shape on all ranks of a replica.
 
     Attributes:
-        layout: Which numbers each row's summary holds; None when no logits are wanted.
-        rows: Most rows on any fsdp coordinate.
-        resolves: Most rows to resolve on any fsdp coordinate.
-        vocabulary: Largest vocabulary slice.
+        values: float32 CPU tensor: the summaries [rows, width] of a step, with as many rows as the fsdp coordinate with most has; or
+            full logits [rows, 2, vocabulary], processed and raw.
+        layout: Which numbers a summary holds; None of full logits.
     """
 
+    values: Tensor
     layout: SummaryLayout | None
-    rows: int
-    resolves: int
-    vocabulary: int
 
-    @property
-    def summary_size(self) -> int:
-        """float32 numbers of all rows' summaries."""
-        return self.rows * self.layout.width if self.layout else 0
 
-    @property
-    def size(self) -> int:
-        """float32 numbers of the whole answer; a resolved row carries processed and raw logits."""
-        return self.summary_size + self.resolves * 2 * self.vocabulary
+@dataclass(frozen=True)
+class Work:
+    """A step made ready on one rank: all of it but the tokens that the step before decides.
+
+    Attributes:
+        spans: This rank's.
+        batch: The same for the model.
+        rows: Their wanted rows.
+        layout: Which numbers each row's summary holds; None when no logits are wanted of any rank.
+        most_rows: Rows of the fsdp coordinate that has most.
+        awaiting: Of the tokens not known yet, their places in the batch and their slots.
+    """
+
+    spans: list[SpanOfStep]
+    batch: Batch
+    rows: Rows
+    layout: SummaryLayout | None
+    most_rows: int
+    awaiting: tuple[Tensor, list[int]] | None
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that is being computed: its answer, when it is there, and the event that says so (None: it is)."""
+
+    answer: Answer
+    ready: torch.cuda.Event | None
+
+    def wait(self) -> Answer:
+        """The answer, once it is there."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.answer
 
 
 class Runner:
@@ -76,6 +99,8 @@ class Runner:
         self.rope_anchors = np.zeros(slots, dtype=np.int64)
         self.blocks = np.zeros((slots, -(-max_model_len // cache.block_size)), dtype=np.int32)
         self._held: list[HeldRows] = []
+        self._planned: Work | None = None
+        self._launched: Launched | None = None
 
     def receive(self) -> Step:
         """The leader's next step."""
@@ -88,11 +113,11 @@ class Runner:
             words = torch.cat((words, rest))
         return Step.decode(words.numpy())
 
-    def send(self, step: Step) -> None:
-        """Send a step to the workers (on the leader)."""
+    def send(self, step: np.ndarray) -> None:
+        """Send an encoded step to the workers (on the leader)."""
         if self.mesh.control.size == 1:
             return
-        words = torch.from_numpy(step.encode())
+        words = torch.from_numpy(step)
         first = torch.zeros(FIRST_PART, dtype=torch.int32)
         first[: len(words)] = words[:FIRST_PART]
         self.mesh.control.broadcast(first)
@@ -110,39 +135,97 @@ class Runner:
         """
         while True:
             step = self.receive()
-            if step.kind == Kind.RUN:
-                answer, _ = self.execute(step)
-                if answer is not None:
-                    self.mesh.control.gather(answer)
-            elif step.kind == Kind.ERROR:
+            if step.kind == Kind.ERROR:
                 raise RuntimeError(f"the leader failed: {step.message}")
-            elif step.kind == Kind.SWAP:
-                swap(step.message)
-            elif step.kind != Kind.HEARTBEAT:
+            if step.kind in (Kind.RELEASE, Kind.STOP):
                 return step.kind == Kind.RELEASE
+            if step.kind == Kind.SWAP:
+                swap(step.message)
+            answer = self.execute(step)
+            if answer is not None:
+                self.mesh.control.gather(answer.values)
 
     @torch.no_grad()
-    def execute(self, step: Step) -> tuple[Tensor | None, Shape]:
-        """Compute one step.
+    def execute(self, step: Step) -> Answer | None:
+        """Do what `step` says as far as it is to be computed; returns what the leader is to be told now, if anything."""
+        if step.kind == Kind.RUN:
+            self._launch(self._prepare(step), [])
+            return self._answer()
+        if step.kind == Kind.PLAN:
+            self._planned = self._prepare(step) if step.spans else self._apply(step)
+            return self._answer()
+        if step.kind == Kind.LAUNCH:
+            assert self._planned is not None, "a launch without a plan"
+            self._launch(self._planned, step.decided)
+            self._planned = None
+        if step.kind == Kind.RESOLVE:
+            return self._full_rows(step.resolves)
+        return None
 
-        Returns:
-            This rank's answer, a flat float32 CPU tensor (None when nothing is wanted of any rank), and its shape:
-            the summaries [rows, width], padded to the largest fsdp coordinate's, then the rows to resolve
-            [resolves, 2, vocabulary], processed and raw.
-        """
+    def _prepare(self, step: Step) -> Work:
+        """Make `step` ready, whose missing tokens may follow."""
         self._apply(step)
-        mine = [span for span in step.spans if self.owners[span.slot] == self.coordinate]
-        shape = self._shape(step)
-        resolved = [row for owner, row in step.resolves if owner == self.coordinate]
-        answer = torch.zeros(shape.size) if shape.size else None
-        if answer is not None and resolved:
-            rows = answer[shape.summary_size :].view(shape.resolves, 2, shape.vocabulary)
-            self._fill_resolved(rows, resolved)
-        if step.spans:
-            self._held = []
-            summaries = answer[: shape.summary_size].view(shape.rows, -1) if answer is not None and shape.layout is not None else None
-            self._forward(mine, shape.layout, summaries)
-        return answer, shape
+        spans = [span for span in step.spans if self.owners[span.slot] == self.coordinate]
+        rows = [0] * self.mesh.shape.fsdp
+        params: list[SlotParams] = []
+        targets = False
+        for span in step.spans:
+            if span.rows:
+                rows[self.owners[span.slot]] += span.rows
+                targets |= bool(span.targets)
+                slot_params = self.params[span.slot]
+                assert slot_params is not None
+                params.append(slot_params)
+        layout = SummaryLayout.for_rows(params, targets) if params else None
+        entering = [
+            TokenSpan(span.tokens, span.start, self.blocks[span.slot], span.rows, int(self.rope_anchors[span.slot])) for span in spans
+        ]
+        batch = Batch.of(entering, self.cache.block_size, self.decoder.rotary, self.device)
+        return Work(spans, batch, _rows(spans), layout, max(rows), self._awaiting(spans))
+
+    def _awaiting(self, spans: list[SpanOfStep]) -> tuple[Tensor, list[int]] | None:
+        """Places in the batch, and slots, of the tokens that are not known yet."""
+        places, slots, end = [], [], 0
+        for span in spans:
+            end += len(span.tokens)
+            if span.tokens[-1] == DECIDED:
+                places.append(end - 1)
+                slots.append(span.slot)
+        return (to_device(torch.tensor(places), self.device), slots) if slots else None
+
+    def _launch(self, work: Work, decided: list[int]) -> None:
+        """Begin to compute `work`; `decided` has by slot the tokens that it misses."""
+        if work.awaiting is not None:
+            places, slots = work.awaiting
+            tokens = torch.tensor([decided[slot] for slot in slots])
+            work.batch.tokens.index_copy_(0, places, to_device(tokens, self.device))
+        self._count(work.spans, decided)
+        layout, rows = work.layout, work.rows
+        self._held = []
+        summaries = torch.zeros(work.most_rows, layout.width if layout is not None else 0, device=self.device)
+
+        def reduce(logits: Tensor, first: int) -> None:
+            assert layout is not None
+            part = slice(first, first + len(logits))
+            targets = None if rows.targets is None else rows.targets[part]
+            summary, held = summarize(logits, layout, Rows(rows.slots[part], rows.positions[part], targets), self.table)
+            summaries[part] = summary
+            if layout.noised > 1:  # some row filters: the leader may come back for it
+                self._held.append(held)
+
+        self.decoder(work.batch, self.cache, reduce)
+        if layout is not None:
+            values = summaries.to("cpu", non_blocking=True)
+            ready = None
+            if self.device.type == "cuda":
+                ready = torch.cuda.Event()
+                ready.record()
+            self._launched = Launched(Answer(values, layout), ready)
+
+    def _answer(self) -> Answer | None:
+        """The answer of the step that was launched last, once it is there; None when no logits are wanted of it."""
+        launched, self._launched = self._launched, None
+        return launched.wait() if launched is not None else None
 
     def _apply(self, step: Step) -> None:
         """Bring the tables up to date."""
@@ -159,54 +242,24 @@ class Runner:
             self.blocks[t.slot, t.first : t.first + len(t.blocks)] = t.blocks
         copies = [(source, target) for owner, source, target in step.copies if owner == self.coordinate]
         if copies:
-            sources, targets = torch.tensor(copies, device=self.device).T
+            sources, targets = to_device(torch.tensor(copies), self.device).T
             self.cache.copy_blocks(sources, targets)
 
-    def _shape(self, step: Step) -> Shape:
-        rows, resolves = [0] * self.mesh.shape.fsdp, [0] * self.mesh.shape.fsdp
-        params: list[SlotParams] = []
-        targets = False
-        for span in step.spans:
-            if span.rows:
-                rows[self.owners[span.slot]] += span.rows
-                targets |= bool(span.targets)
-                slot_params = self.params[span.slot]
-                assert slot_params is not None
-                params.append(slot_params)
-        for owner, _ in step.resolves:
-            resolves[owner] += 1
-        layout = SummaryLayout.for_rows(params, targets) if params else None
-        return Shape(layout, max(rows), max(resolves), self.largest_slice)
+    def _count(self, spans: list[SpanOfStep], decided: list[int]) -> None:
+        """Let the slot table count the tokens decided since admission."""
+        produced = [span for span in spans if span.start + len(span.tokens) > self.known[span.slot]]
+        tokens = [decided[span.slot] if span.tokens[-1] == DECIDED else span.tokens[-1] for span in produced]
+        self.table.append([span.slot for span in produced], tokens)
 
-    def _forward(self, spans: list[SpanOfStep], layout: SummaryLayout | None, summaries: Tensor | None) -> None:
-        """Run the model on this rank's spans (perhaps none) and write the summaries of their rows."""
-        batch = self._batch(spans)
-        rows = _rows(spans)
-
-        def reduce(logits: Tensor, first: int) -> None:
-            assert layout is not None and summaries is not None
-            part = slice(first, first + len(logits))
-            targets = None if rows.targets is None else rows.targets[part]
-            summary, held = summarize(logits, layout, Rows(rows.slots[part], rows.positions[part], targets), self.table)
-            summaries[part] = summary.to("cpu")
-            if layout.noised > 1:  # some row filters: the leader may come back for it
-                self._held.append(held)
-
-        self.decoder(batch, self.cache, reduce)
-
-    def _batch(self, spans: list[SpanOfStep]) -> Batch:
-        produced = [span for span in spans if span.start + len(span.tokens) > self.known[span.slot]]  # decided since admission
-        self.table.append([span.slot for span in produced], [span.tokens[-1] for span in produced])
-        entering = [
-            TokenSpan(span.tokens, span.start, self.blocks[span.slot], span.rows, int(self.rope_anchors[span.slot])) for span in spans
-        ]
-        return Batch.of(entering, self.cache.block_size, self.decoder.rotary, self.device)
-
-    def _fill_resolved(self, answer: Tensor, rows: list[int]) -> None:
-        """Write the held logits of `rows` into `answer` [resolves, 2, vocabulary]."""
-        for place, row in enumerate(rows):
-            held = self._held[row // LOGIT_ROWS].take([row % LOGIT_ROWS], answer.shape[-1])[0].to("cpu")
-            answer[place, : len(held)] = held
+    def _full_rows(self, resolves: list[tuple[int, int]]) -> Answer:
+        """The held logits of those of the given rows (owner, row) that are this rank's."""
+        owners = [owner for owner, _ in resolves]
+        values = torch.zeros(max(map(owners.count, set(owners))), 2, self.largest_slice)
+        mine = [row for owner, row in resolves if owner == self.coordinate]
+        for place, row in enumerate(mine):
+            held = self._held[row // LOGIT_ROWS].take([row % LOGIT_ROWS], self.largest_slice)[0].to("cpu")
+            values[place, : len(held)] = held
+        return Answer(values, None)
 
 
 def _rows(spans: list[SpanOfStep]) -> Rows:

@@ -6,6 +6,8 @@ the cache before any are read, so sequences that enter together share the blocks
 which the first of them computes. When blocks run out, the youngest
 sequence of that coordinate goes back to the queue and is computed again later. The oldest is never
 sent back for another, and any sequence fits the pool alone, so every one ends.
+
+A step may be scheduled while the one before is computed: a sequence whose token is being decided goes on as if it did not end.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from dist_infer.config.engine import EngineOptions
 from dist_infer.engine.blocks import BlockAllocator, chain_hashes
 from dist_infer.engine.sequence import Sequence
-from dist_infer.engine.step import Admission, SpanOfStep, Step, TableDelta
+from dist_infer.engine.step import DECIDED, Admission, SpanOfStep, Step, TableDelta
 
 # A running sequence weighs as much as this many prompt tokens when a coordinate is chosen for a new one.
 RUNNING_WEIGHT = 32
@@ -44,16 +46,31 @@ class RopeRules:
     def outgrown(self, sequence: Sequence) -> bool:
         """Whether `sequence` has grown out of the regime it was admitted with."""
         limit = self.recompute_beyond
-        return limit is not None and sequence.rope_anchor <= limit < len(sequence.tokens)
+        return limit is not None and sequence.rope_anchor <= limit < sequence.length
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
-    """A sequence's part in a step."""
+    """A sequence's part in a step, as it was when the step was made.
+
+    Attributes:
+        sequence: Whose.
+        owner: fsdp coordinate that computes it.
+        start: Position of its first token.
+        length: Tokens.
+        rows: Of how many of the last ones the logits are wanted.
+    """
 
     sequence: Sequence
+    owner: int
+    start: int
     length: int
     rows: int
+
+    @property
+    def end(self) -> int:
+        """Tokens of the sequence once they are computed."""
+        return self.start + self.length
 
 
 # Of each fsdp coordinate the blocks that the step being made fills, by prefix hash.
@@ -113,13 +130,17 @@ class Scheduler:
         return step, list(entries.values())
 
     def commit(self, entries: list[Entry]) -> None:
-        """The step of `entries` was computed: its tokens are in the cache."""
+        """The step of `entries` is being computed: whatever is scheduled from now on finds its tokens in the cache.
+
+        All tokens of the step are known by now. Sequences that have ended since it was scheduled leave nothing behind.
+        """
         for entry in entries:
             sequence = entry.sequence
-            if sequence.owner is not None:
+            if sequence.slot is not None:
                 for key, block in self._filled(entry):
-                    self.allocators[sequence.owner].publish(block, key)
-            sequence.computed += entry.length
+                    self.allocators[entry.owner].publish(block, key)
+                sequence.computed = entry.end
+                sequence.awaited = entry.rows > 0
 
     def remove(self, sequence: Sequence) -> None:
         """`sequence` has ended (or is no longer wanted): give back what it holds."""
@@ -138,13 +159,14 @@ class Scheduler:
     def _continue_running(self, owner: int, budgets: list[int], entries: dict[Sequence, Entry]) -> bool:
         """Give every running sequence of `owner` its span, decodes first; returns whether blocks ran out."""
         preempted = False
-        for sequence in sorted(self.running[owner], key=lambda s: (s.missing > 1, s.arrival)):
+        missing = {s: s.missing for s in self.running[owner]}
+        for sequence in sorted(missing, key=lambda s: (missing[s] > 1, s.arrival)):
             if sequence.slot is None:
                 continue  # sent back for an older one
             if self.rope.outgrown(sequence):
                 self._preempt(sequence, entries, budgets)  # may come back in this very step: blocks are not short
                 continue
-            length = self._chunk(sequence, budgets[owner])
+            length = self._chunk(missing[sequence], budgets[owner])
             if not length:
                 continue
             while not self._grow(sequence, sequence.computed + length):
@@ -162,6 +184,9 @@ class Scheduler:
         held_back: list[Sequence] = []
         while self.waiting:
             sequence = self.waiting.popleft()
+            if sequence.awaited:
+                held_back.append(sequence)  # it was sent back while its token is being decided
+                continue
             parent = sequence.parent
             if parent is not None and not parent.finished and parent.computed < parent.prompt_len:
                 held_back.append(sequence)  # its prompt is being computed by the parent
@@ -172,7 +197,7 @@ class Scheduler:
                 break
             self._admit(step, sequence)
             assert sequence.owner is not None
-            length = self._chunk(sequence, budgets[sequence.owner])
+            length = self._chunk(sequence.missing, budgets[sequence.owner])
             self._enter(sequence, length, budgets, entries)
             self._fill(entries[sequence], filling)
         self.waiting.extendleft(reversed(held_back))
@@ -230,7 +255,7 @@ class Scheduler:
         sequence.blocks = found
         sequence.computed = len(found) * size
         sequence.cached = min(sequence.computed, sequence.prompt_len)
-        grown = self._grow(sequence, sequence.computed + self._chunk(sequence, budgets[sequence.owner]))
+        grown = self._grow(sequence, sequence.computed + self._chunk(sequence.missing, budgets[sequence.owner]))
         assert grown
         return True
 
@@ -244,32 +269,34 @@ class Scheduler:
         tokens = sequence.tokens if params.needs_tokens and not sequence.scored else []
         step.admissions.append(Admission(sequence.slot, sequence.owner, sequence.rope_anchor, len(sequence.tokens), params, tokens))
 
-    def _chunk(self, sequence: Sequence, budget: int) -> int:
-        """How many tokens `sequence` computes next under `budget`."""
-        if self.options.chunked_prefill or sequence.missing <= budget:
-            return min(sequence.missing, budget)
+    def _chunk(self, missing: int, budget: int) -> int:
+        """How many tokens a sequence that misses so many computes next under `budget`."""
+        if missing <= budget:
+            return missing
+        if self.options.chunked_prefill:
+            return budget
         # A prompt that may not be split goes alone, over the budget if it must.
-        return sequence.missing if budget == self.options.max_batch_tokens else 0
+        return missing if budget == self.options.max_batch_tokens else 0
 
     def _enter(self, sequence: Sequence, length: int, budgets: list[int], entries: dict[Sequence, Entry]) -> None:
         assert sequence.owner is not None
         budgets[sequence.owner] = max(budgets[sequence.owner] - length, 0)
-        end = sequence.computed + length
-        entries[sequence] = Entry(sequence, length, max(0, min(length, end - sequence.first_row)))
+        start = sequence.computed
+        rows = max(0, min(length, start + length - sequence.first_row))
+        entries[sequence] = Entry(sequence, sequence.owner, start, length, rows)
 
     def _fill(self, entry: Entry, filling: Filling) -> None:
         """Let sequences that enter the step after `entry` find the blocks that it fills."""
-        owner = entry.sequence.owner
-        assert owner is not None
         for key, block in self._filled(entry):
-            filling[owner].setdefault(key, block)
+            filling[entry.owner].setdefault(key, block)
 
-    def _filled(self, entry: Entry) -> Iterator[tuple[bytes, int]]:
-        """Prefix hash and block of all that `entry` fills up with its tokens, when prefixes are cached."""
+    def _filled(self, entry: Entry) -> Iterable[tuple[bytes, int]]:
+        """Prefix hash and block of all that `entry` fills up with known tokens, when prefixes are cached."""
         sequence, size = entry.sequence, self.options.block_size
-        first, full = sequence.computed // size, (sequence.computed + entry.length) // size
-        if self.options.prefix_cache and full > first:
-            yield from zip(self._hashes(sequence, full)[first:], sequence.blocks[first:full], strict=True)
+        first, full = entry.start // size, min(entry.end, len(sequence.tokens)) // size
+        if full <= first or not self.options.prefix_cache:
+            return ()
+        return zip(self._hashes(sequence, full)[first:], sequence.blocks[first:full], strict=True)
 
     def _describe(self, step: Step, entry: Entry) -> None:
         """Write a span, and the blocks its workers do not know yet, into the step."""
@@ -278,9 +305,12 @@ class Scheduler:
         if len(sequence.blocks) > self._sent[slot]:
             step.tables.append(TableDelta(slot, self._sent[slot], sequence.blocks[self._sent[slot] :]))
             self._sent[slot] = len(sequence.blocks)
-        start, end = sequence.computed, sequence.computed + entry.length
+        end = entry.end
+        tokens = sequence.tokens[entry.start : end]
+        if len(tokens) < entry.length:
+            tokens.append(DECIDED)
         targets = sequence.tokens[end + 1 - entry.rows : end + 1] if sequence.scored and entry.rows else []
-        step.spans.append(SpanOfStep(slot, start, sequence.tokens[start:end], entry.rows, targets))
+        step.spans.append(SpanOfStep(slot, entry.start, tokens, entry.rows, targets))
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Make room for `tokens` tokens; False when the blocks for it are not there."""

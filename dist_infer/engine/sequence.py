@@ -12,7 +12,7 @@ from dist_infer.sampling.stop import StopRule
 _arrivals = itertools.count()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """The leader's view of a sequence.
 
@@ -23,8 +23,10 @@ class Sequence:
         stop: Decides when it ends; None when it is scored.
         tokens: Prompt and output.
         prompt_len: How many of them are the prompt; of a scored sequence, all that must be computed.
+        longest: Tokens it has at most; when it will have as many, it is known to end.
         parent: The first sequence of the request, whose prompt blocks this one may share.
-        computed: Tokens whose keys and values are in the cache.
+        computed: Tokens whose keys and values are in the cache, or enter it in the step that is being computed.
+        awaited: Whether rows of it are being computed: its next token, or scores.
         cached: Tokens of the prompt that were found in the prefix cache.
         blocks: Block table.
         hashes: Prefix hash of each full block of tokens, as far as known.
@@ -40,8 +42,10 @@ class Sequence:
     stop: StopRule | None
     tokens: list[int]
     prompt_len: int
+    longest: int
     parent: Sequence | None = None
     computed: int = 0
+    awaited: bool = False
     cached: int = 0
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
@@ -63,12 +67,20 @@ class Sequence:
     def first_row(self) -> int:
         """First position whose logits are wanted; tokens scored before a sequence was sent back are not scored again."""
         score_from = self.request.score_from
-        return len(self.tokens) - 1 if score_from is None else score_from - 1 + len(self.logprobs)
+        return self.length - 1 if score_from is None else score_from - 1 + len(self.logprobs)
+
+    @property
+    def length(self) -> int:
+        """Tokens there are to compute, the one that is being decided included unless it is known to be the last."""
+        if self.request.score_from is not None:
+            return self.prompt_len
+        known = len(self.tokens)
+        return known + 1 if self.awaited and known + 1 < self.longest else known
 
     @property
     def missing(self) -> int:
         """Tokens still to be computed."""
-        return (self.prompt_len if self.scored else len(self.tokens)) - self.computed
+        return self.length - self.computed
 
     @property
     def finished(self) -> bool:

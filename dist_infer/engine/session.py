@@ -87,7 +87,8 @@ class Session:
                     self._say(found.checkpoint.note)
                 for warning in found.generation.warnings:
                     self._say(f"generation_config.json: {warning}")
-                self._say(why)
+                for line in (why, *self.mesh.notes):
+                    self._say(line)
             self._load(found, weights)
         except BaseException as error:
             self._leave(error)
@@ -318,6 +319,7 @@ class Session:
             blueprint.eos_ids,
             blueprint.tokenizer,
             blueprint.options.parallel.timeout_s / 4,
+            limits.overlap if limits.overlap is not None else self.world.device.type == "cuda",
         )
 
     def _recorded(self, sink: Sink) -> Sink:

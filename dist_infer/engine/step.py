@@ -2,13 +2,15 @@
 
 A step travels from the leader to every worker in one broadcast. It says only what has changed:
 sequences admitted to slots and slots freed, additions to block tables, blocks to copy, and for
-every sequence that takes part its span of tokens. Layout: nine header words, then the sections in
+every sequence that takes part its span of tokens. Layout: ten header words, then the sections in
 the order of `Step`'s fields, each item with its own lengths first.
+
+A step is sent whole (`Kind.RUN`), or in two parts so that ranks make it ready while they compute the one before:
+its plan (`Kind.PLAN`), in which tokens not yet known are `DECIDED`, and then those tokens (`Kind.LAUNCH`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -16,19 +18,23 @@ import numpy as np
 
 from dist_infer.sampling.slots import SlotParams
 
-VERSION = 1
-HEADER = 9
+VERSION = 2
+HEADER = 10
+DECIDED = -1  # stands for the token that the step before decides for the span's slot
 
 
 class Kind(IntEnum):
     """What a worker does with a step."""
 
-    RUN = 0  # compute
+    RUN = 0  # compute, and answer
     HEARTBEAT = 1  # nothing: the leader is alive and idle
     RELEASE = 2  # return to the caller; more steps may come later
     STOP = 3  # leave for good
     ERROR = 4  # raise: the leader failed
     SWAP = 5  # load the weights of the checkpoint that the message names
+    PLAN = 6  # make the step ready (it may be empty), and answer the one that was launched last
+    LAUNCH = 7  # compute the planned step; `decided` holds its missing tokens
+    RESOLVE = 8  # answer with the full logits of some rows of the step answered last
 
 
 @dataclass(frozen=True)
@@ -61,14 +67,14 @@ class TableDelta:
     blocks: list[int]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SpanOfStep:
     """Tokens of one sequence.
 
     Attributes:
         slot: The sequence.
         start: Position of the first token.
-        tokens: Token ids, literal.
+        tokens: Token ids; in a plan the last may be `DECIDED`.
         rows: How many of the last tokens' logits are wanted.
         targets: Token ids to score, one for each row; empty when the row is to be sampled.
     """
@@ -92,7 +98,8 @@ class Step:
         tables: Additions to block tables.
         copies: (owner, source block, target block), made before the forward pass.
         spans: The tokens, in slot order of appearance; rows of logits are numbered in this order.
-        resolves: (owner, row of its previous step) whose full logits the leader wants.
+        resolves: (owner, row) whose full logits the leader wants.
+        decided: By slot, the token that the step before decided; any where it decided none.
         message: Text of an error, or path of a checkpoint.
     """
 
@@ -104,6 +111,7 @@ class Step:
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     spans: list[SpanOfStep] = field(default_factory=list)
     resolves: list[tuple[int, int]] = field(default_factory=list)
+    decided: list[int] = field(default_factory=list)
     message: str = ""
 
     def encode(self) -> np.ndarray:
@@ -119,17 +127,19 @@ class Step:
             words += (s.slot, s.start, len(s.tokens), s.rows, len(s.targets), *s.tokens, *s.targets)
         for resolve in self.resolves:
             words += resolve
+        words += self.decided
         words += self.message.encode()
-        counts = (len(self.frees), len(self.admissions), len(self.tables), len(self.copies), len(self.spans), len(self.resolves))
-        return np.array([self.kind | VERSION << 8, HEADER + len(words), self.number, *counts, *words], dtype=np.int32)
+        sections = (self.frees, self.admissions, self.tables, self.copies, self.spans, self.resolves, self.decided)
+        head = (self.kind | VERSION << 8, HEADER + len(words), self.number, *map(len, sections))
+        return np.array([*head, *words], dtype=np.int32)
 
     @classmethod
     def decode(cls, words: np.ndarray) -> Step:
         """The step that `encode` wrote."""
         head = words[:HEADER].tolist()
         assert head[0] >> 8 == VERSION, "a step of another version"
-        read = _Reader(words[HEADER : head[1]])
-        frees, admissions, tables, copies, spans, resolves = head[3:]
+        read = _Reader(words[: head[1]])
+        frees, admissions, tables, copies, spans, resolves, decided = head[3:]
         return cls(
             Kind(head[0] & 0xFF),
             head[2],
@@ -139,27 +149,25 @@ class Step:
             [tuple(read.take(3)) for _ in range(copies)],  # type: ignore[misc]
             [read.span() for _ in range(spans)],
             [tuple(read.take(2)) for _ in range(resolves)],  # type: ignore[misc]
-            bytes(read.rest()).decode(),
+            read.take(decided),
+            bytes(read.words[read.at :]).decode(),
         )
 
 
 class _Reader:
     """Walks through the words of a step."""
 
-    def __init__(self, words: np.ndarray) -> None:
-        self.words, self.at = words, 0
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.words, self.at = array, array.tolist(), HEADER  # a list is read faster, a number at a time
 
     def take(self, count: int) -> list[int]:
         self.at += count
-        return self.words[self.at - count : self.at].tolist()
-
-    def rest(self) -> Iterator[int]:
-        return iter(self.take(len(self.words) - self.at))
+        return self.words[self.at - count : self.at]
 
     def admission(self) -> Admission:
         slot, owner, rope_anchor, known, tokens = self.take(5)
-        params = SlotParams.unpack(self.words[self.at :])
-        self.at += int(self.words[self.at])
+        params = SlotParams.unpack(self.array[self.at :])
+        self.at += self.words[self.at]
         return Admission(slot, owner, rope_anchor, known, params, self.take(tokens))
 
     def table(self) -> TableDelta:

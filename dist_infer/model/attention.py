@@ -18,6 +18,7 @@ from dist_infer.distributed.collectives import Communicator
 from dist_infer.model.attention_plan import AttentionPlan, Decodes
 from dist_infer.model.cache import KVCache
 from dist_infer.model.config import ModelConfig
+from dist_infer.model.layer import Layer
 from dist_infer.model.layers import Linear, RMSNorm, RowParallelLinear
 from dist_infer.model.native import Kernels
 from dist_infer.model.rotary import rotate
@@ -107,7 +108,7 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """Self-attention of one layer: this rank's query heads over the KV heads they touch."""
 
     kernels: Kernels | None = None
@@ -133,8 +134,8 @@ class Attention(nn.Module):
         self.groups = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
         self.places = _places(counts, device) if min(counts) < self.group else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, plan: AttentionPlan) -> Tensor:
-        """[tokens, hidden] -> [tokens, hidden]; the spans' keys and values enter the cache."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, plan: AttentionPlan, rows: Tensor | None = None) -> Tensor:
+        """[tokens, hidden] -> [tokens, hidden], of `rows` if given; the spans' keys and values enter the cache."""
         tokens = len(x)
         if not tokens:
             return self.output(x.new_zeros(0, self.heads * self.head_dim))
@@ -146,7 +147,8 @@ class Attention(nn.Module):
             self.kernels.paged_attention(q, mixed, keys, values, plan.spans, self.groups, self.window, self.scale, self.softcap)
         else:
             self._attend_eagerly(q, keys, values, plan, mixed)
-        return self.output(mixed.view(tokens, -1))
+        mixed = mixed.view(tokens, -1)
+        return self.output(mixed if rows is None else mixed.index_select(0, rows))
 
     def _attend_eagerly(self, q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, mixed: Tensor) -> None:
         """Write `mixed` [tokens, heads, head_dim]."""
@@ -192,7 +194,7 @@ class Attention(nn.Module):
         return mixed if self.places is None else mixed.index_select(1, self.places)
 
 
-class NormAcrossHeads(nn.Module):
+class NormAcrossHeads(Layer):
     """RMS normalization of a token's queries, and of its keys, each over all heads of the layer: squares are summed over tp."""
 
     def __init__(self, config: ModelConfig, cut: HeadCut, tp: Communicator) -> None:

@@ -97,6 +97,8 @@ class SpanTable:
         self.longest, self.longest_context = int(np.diff(offsets).max()), int(contexts.max())
         self.offsets, self.contexts = torch.from_numpy(offsets).to(device), torch.from_numpy(contexts).to(device)
         self.tables = torch.from_numpy(_block_tables(spans, contexts, block_size)).to(device)
+        self.count, self.width = self.tables.shape
+        self.pointers = (self.offsets.data_ptr(), self.contexts.data_ptr(), self.tables.data_ptr())  # every layer asks
 
 
 def _block_tables(spans: list[Span], contexts: np.ndarray, block_size: int) -> np.ndarray:

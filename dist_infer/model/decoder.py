@@ -13,6 +13,7 @@ from dist_infer.model.attention_plan import AttentionPlan
 from dist_infer.model.batch import Batch
 from dist_infer.model.cache import KVCache
 from dist_infer.model.config import ModelConfig
+from dist_infer.model.layer import Layer
 from dist_infer.model.layers import (
     MLP,
     GatedMLP,
@@ -33,7 +34,7 @@ from dist_infer.model.weights import HeadCut, cut
 LOGIT_ROWS = 256
 
 
-class Block(nn.Module):
+class Block(Layer):
     """One layer: attention and mlp, each beside its residual, with a norm before it, after it, or both."""
 
     def __init__(self, config: ModelConfig, layer: int, tp: Communicator, device: torch.device) -> None:
@@ -53,10 +54,14 @@ class Block(nn.Module):
         self.parallel, self.scale = config.parallel_residual, config.residual_scale
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache, plan: AttentionPlan
+        self, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache, plan: AttentionPlan, rows: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream `x` [tokens, hidden], and what the layer before has still to add to it; likewise out. `x` is overwritten."""
-        attended = self.attention(self.attention_norm.after(x, delta), cos, sin, cache, plan)
+        """The residual stream `x` [tokens, hidden], and what the layer before has still to add to it; likewise out, of `rows` if given.
+
+        `x` is overwritten.
+        """
+        attended = self.attention(self.attention_norm.after(x, delta), cos, sin, cache, plan, rows)
+        x = x if rows is None else x.index_select(0, rows)
         attended = self._finish(attended, self.attention_post_norm)
         fed = self.mlp(self.mlp_norm.after(x, None if self.parallel else attended))
         fed = self._finish(fed, self.mlp_post_norm)
@@ -69,7 +74,7 @@ class Block(nn.Module):
         return branch if self.scale == 1 else branch * self.scale
 
 
-class Decoder(nn.Module):
+class Decoder(Layer):
     """A decoder-only language model; this rank's cut of it.
 
     Args:
@@ -118,11 +123,13 @@ class Decoder(nn.Module):
         x = self._embed(batch)
         angles = {rotation: self._angles(rotation, batch, x.dtype) for rotation in set(self.rotations)}
         delta = None
-        for block, rotation in zip(self.blocks, self.rotations, strict=True):
-            x, delta = block(x, delta, *angles[rotation], cache, batch.attention)
+        wanted_rows = batch.logit_rows if len(batch.logit_rows) < len(x) else None
+        last = len(self.rotations) - 1
+        for layer, (block, rotation) in enumerate(zip(self.blocks, self.rotations, strict=True)):
+            # Of the last layer nobody reads more than the wanted rows, once its keys and values are in the cache.
+            x, delta = block(x, delta, *angles[rotation], cache, batch.attention, wanted_rows if layer == last else None)
         assert delta is not None, "a model of no layers"
-        rows = batch.logit_rows
-        wanted = self.norm.after(x.index_select(0, rows), delta.index_select(0, rows))
+        wanted = self.norm.after(x, delta)
         for start in range(0, len(wanted), LOGIT_ROWS):
             reduce(self._scaled(self.head(wanted[start : start + LOGIT_ROWS]).float()), start)
 

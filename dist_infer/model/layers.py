@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dist_infer.distributed.collectives import Communicator
 from dist_infer.model.config import ModelConfig
+from dist_infer.model.layer import Layer
 from dist_infer.model.native import Kernels
 from dist_infer.model.packed import PackedProduct, packed_gated_product, packed_product
 
@@ -24,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Linear(nn.Module):
+class Linear(Layer):
     """A projection of this rank's slice: `weight` [outputs, inputs], optional `bias` [outputs]."""
 
     kernels: Kernels | None = None
@@ -117,7 +118,7 @@ class RowParallelLinear(Linear):
         return y if self.bias is None else y + self.bias
 
 
-class VocabularyParallelEmbedding(nn.Module):
+class VocabularyParallelEmbedding(Layer):
     """Token embeddings whose rows are cut over tp: `weight` [vocabulary of this rank, hidden]."""
 
     def __init__(self, vocabulary: tuple[int, int], hidden: int, tp: Communicator) -> None:
@@ -133,12 +134,12 @@ class VocabularyParallelEmbedding(nn.Module):
         local = tokens - self.first
         foreign = (local < 0) | (local >= len(self.weight))
         hidden = F.embedding(local.masked_fill(foreign, 0), self.weight)
-        hidden[foreign] = 0
+        hidden.masked_fill_(foreign[:, None], 0)
         self.tp.all_reduce(hidden)
         return hidden
 
 
-class PositionEmbedding(nn.Module):
+class PositionEmbedding(Layer):
     """Embeddings of positions, whole on every tp rank: `weight` [positions, hidden]."""
 
     def __init__(self, positions: int, hidden: int) -> None:
@@ -150,7 +151,7 @@ class PositionEmbedding(nn.Module):
         return F.embedding(positions, self.weight)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Layer):
     """Root-mean-square normalization over the last dim; what is stored of the weight is it less `offset`."""
 
     kernels: Kernels | None = None
@@ -173,7 +174,7 @@ class RMSNorm(nn.Module):
         return self(x if delta is None else x.add_(delta))
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(Layer):
     """Normalization over the last dim to mean `bias` and deviation `weight`."""
 
     def __init__(self, size: int, eps: float) -> None:
@@ -191,7 +192,7 @@ class LayerNorm(nn.Module):
         return self(x if delta is None else x.add_(delta))
 
 
-class Unnormalized(nn.Module):
+class Unnormalized(Layer):
     """Where other models have a norm."""
 
     def after(self, x: Tensor, delta: Tensor | None) -> Tensor:
@@ -206,7 +207,7 @@ def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
     return RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Layer):
     """down(activation(gate(x)) * up(x)); gate and up are one matrix, stacked."""
 
     def __init__(self, hidden: int, ffn: int, bias: bool, tp: Communicator, activation: str = "silu") -> None:
@@ -219,7 +220,7 @@ class GatedMLP(nn.Module):
         return self.down(self.gate_up(x))
 
 
-class MLP(nn.Module):
+class MLP(Layer):
     """down(activation(up(x)))."""
 
     def __init__(self, hidden: int, ffn: int, bias: bool, tp: Communicator, activation: str) -> None:

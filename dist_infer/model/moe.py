@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dist_infer.distributed.collectives import Communicator, SingleRank
 from dist_infer.model.config import ExpertsConfig, ModelConfig
+from dist_infer.model.layer import Layer
 from dist_infer.model.layers import ACTIVATIONS, MLP, GatedMLP, Linear, gated
 from dist_infer.model.native import Kernels
 from dist_infer.model.packed import PackedProduct, packed_product
@@ -16,7 +17,7 @@ from dist_infer.model.weights import ExpertCut, cut
 ALIGNMENT = 16  # bytes between rows that the grouped product wants
 
 
-class MoE(nn.Module):
+class MoE(Layer):
     """The experts of one layer; this rank's cut of them.
 
     Routing is computed alike on all tp ranks. Each adds up what its experts, or its slice of every expert, and
@@ -47,7 +48,7 @@ class MoE(nn.Module):
         return self.tp.all_reduce(mixture.to(x.dtype))
 
 
-class Router(nn.Module):
+class Router(Layer):
     """Chooses the experts of each token and weighs them."""
 
     def __init__(self, hidden: int, experts: ExpertsConfig) -> None:
@@ -70,7 +71,7 @@ class Router(nn.Module):
         return chosen, weights * experts.scale
 
 
-class Experts(nn.Module):
+class Experts(Layer):
     """This rank's experts: mlps like the model's dense ones, without biases.
 
     Expert after expert is stacked in `gate_up`, each one's gate above its up (the up alone where mlps have no gate), and in `down`.

@@ -1,6 +1,6 @@
 // The small operations of a decoder layer on CPU, each one pass over memory: residual and norm, rotation and cache write,
 // attention of one-token spans over the paged cache, gated activation; and, for processors that multiply bfloat16 in vectors,
-// matrix products. Beside them, noise and histograms for sampling, and reads of many short runs of a file. `native.py` builds and calls this file; what it computes is what
+// matrix products. Beside them, noise, histograms and greatest tokens for sampling, and reads of many short runs of a file. `native.py` builds and calls this file; what it computes is what
 // the eager operations beside each call compute. Everything inside is float32.
 
 #include <algorithm>
@@ -460,7 +460,7 @@ void paged_attention(const T* q, T* out, const T* keys, const T* values, const i
     for (int64_t span = 0; span < spans; span++) {
         int64_t length = offsets[span + 1] - offsets[span];
         // Of many single tokens each is one piece: a block of all KV heads lies in one place. Of few, heads are shared out.
-        int64_t step = length == 1 && spans > 8 && heads <= 2 * MOST_ROWS ? kv_heads : 1;
+        int64_t step = length == 1 && spans > 3 && heads <= 2 * MOST_ROWS ? kv_heads : 1;
         for (int64_t token = 0; token < length; token += together)
             for (int64_t head = 0; head < kv_heads; head += step)
                 pieces.push_back({span, offsets[span] + token, std::min(together, length - token), contexts[span] - length + token, head, head + step});
@@ -473,7 +473,7 @@ void paged_attention(const T* q, T* out, const T* keys, const T* values, const i
 #pragma omp parallel
     {
         Scratch<T> scratch(std::max(together * most_heads, std::min(heads, 2 * MOST_ROWS)), (head_dim + WIDTH - 1) / WIDTH);
-#pragma omp for schedule(dynamic, spans > 8 ? 2 : 1)
+#pragma omp for schedule(dynamic, spans > 3 ? 2 : 1)
         for (int64_t i = 0; i < count; i++) {
             const Piece& next = pieces[i + 1 < count ? i + 1 : i];
             attend(job, pieces[i], held(pieces[i]), next, held(next), scratch);
@@ -513,6 +513,42 @@ void gumbel(const int64_t* keys, const int64_t* ids, float* out, int64_t rows, i
             Lanes minus_log = -(logarithm(rest) - (v - (1.0f - rest)) / rest);
             store(out + row * count + first, -logarithm(minus_log), some);
         }
+    }
+}
+
+// Of each row [rows, size] the greatest, where it first is, and where wanted the sum of exp(x - greatest). NaN is the greatest.
+void best_of_rows(const float* x, float* best, int64_t* index, float* exponentials, int64_t rows, int64_t size) {
+#pragma omp parallel for if (rows * size > 16384)
+    for (int64_t row = 0; row < rows; row++) {
+        const float* from = x + row * size;
+        Lanes most = all(-INFINITY), total = {};
+        Ints where = {}, strange = {}, at;
+        for (int i = 0; i < WIDTH; i++) at[i] = i;
+        auto whole_or = [&](int64_t i) {  // missing lanes change nothing
+            if (size - i >= WIDTH) return load(from + i);
+            Lanes value = all(-INFINITY);
+            for (int64_t j = 0; i + j < size; j++) value[j] = from[i + j];
+            return value;
+        };
+        for (int64_t i = 0; i < size; i += WIDTH, at += WIDTH) {
+            Lanes value = whole_or(i);
+            Ints greater = value > most;
+            most = greater ? value : most, where = greater ? at : where, strange |= value != value;
+        }
+        float top = largest(most);
+        int64_t first = size - 1;
+        for (int i = 0; i < WIDTH; i++) {
+            if (most[i] == top && where[i] < first) first = where[i];
+            if (strange[i]) top = NAN;
+        }
+        best[row] = top, index[row] = first;
+        if (!exponentials) continue;
+        float base = top > -3.4e38f ? top : -3.4e38f;
+        for (int64_t i = 0; i < size; i += WIDTH) {
+            Lanes value = whole_or(i);
+            total += value == -INFINITY ? Lanes{} : exponential(value - base);
+        }
+        exponentials[row] = top == top ? sum(total) : NAN;
     }
 }
 
@@ -660,6 +696,9 @@ extern "C" void multiply_bfloat16(const bfloat16* x, const uint32_t* packed, con
 }
 #endif
 
+extern "C" void best_of_rows_float(const float* x, float* best, int64_t* index, float* exponentials, int64_t rows, int64_t size) {
+    best_of_rows(x, best, index, exponentials, rows, size);
+}
 extern "C" void gumbel_noise(const int64_t* keys, const int64_t* ids, float* out, int64_t rows, int64_t count, int64_t stride) {
     gumbel(keys, ids, out, rows, count, stride);
 }

@@ -44,10 +44,12 @@ class Kernels:
 
     Attributes:
         can_multiply: Whether there are matrix products among them.
+        scratch: Where a product puts its packed inputs.
     """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self.can_multiply = hasattr(library, f"multiply_{NAMES[dtype]}")
+        self.scratch = torch.empty(0, dtype=torch.int32)
         for name, arguments in (_ARGUMENTS | _PRODUCTS if self.can_multiply else _ARGUMENTS).items():
             function = getattr(library, f"{name}_{NAMES[dtype]}")
             function.argtypes, function.restype = arguments, None
@@ -59,6 +61,11 @@ class Kernels:
     _silu_and_multiply: ctypes._NamedFuncPointer
     _pack_matrix: ctypes._NamedFuncPointer
     _multiply: ctypes._NamedFuncPointer
+
+    def reserve(self, size: int) -> None:
+        """Let the scratch of products have `size` elements at least."""
+        if len(self.scratch) < size:
+            self.scratch = torch.empty(size, dtype=torch.int32)
 
     def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """Add `delta` to `x` [rows, size] in place, and normalize the sum; `offset` is added to the weight."""
@@ -123,8 +130,8 @@ class Kernels:
             softcap: What keeps them below itself, if anything does.
         """
         _, kv_heads, block_size, head_dim = keys.shape
-        pointers = [_at(tensor) for tensor in (q, out, keys, values, spans.offsets, spans.contexts, spans.tables, groups)]
-        sizes = (len(spans.contexts), kv_heads, head_dim, q.stride(0), out.stride(0), block_size, spans.tables.shape[1], window or 0)
+        pointers = (q.data_ptr(), out.data_ptr(), keys.data_ptr(), values.data_ptr(), *spans.pointers, groups.data_ptr())
+        sizes = (spans.count, kv_heads, head_dim, q.stride(0), out.stride(0), block_size, spans.width, window or 0)
         self._paged_attention(*pointers, *sizes, scale, softcap or 0.0)
 
     def silu_and_multiply(self, gate_up: Tensor) -> Tensor:
@@ -134,27 +141,29 @@ class Kernels:
         self._silu_and_multiply(_at(gate_up), _at(out), rows, size)
         return out
 
-    def pack_matrix(self, weight: Tensor, gated: bool = False) -> Tensor:
-        """`weight` [outputs, inputs] in the layout `multiply` reads: panels of 32 outputs, inputs two by two.
+    def pack(self, weight: Tensor, gated: bool = False) -> PackedMatrix:
+        """A packed copy of `weight` [outputs, inputs]; `gated`: its upper half is a gate of its lower half."""
+        return PackedMatrix(self, weight, gated)
 
-        Args:
-            weight: The matrix.
-            gated: Whether its upper half is a gate of its lower half; then a panel holds 16 outputs of each.
-        """
+
+class PackedMatrix:
+    """A weight in the layout our product reads: panels of 32 outputs (if gated, 16 of the gate and what they gate), inputs two by two."""
+
+    def __init__(self, kernels: Kernels, weight: Tensor, gated: bool) -> None:
         outputs, inputs = weight.shape
-        panels = -(-(outputs // 2) // _LANES) if gated else -(-outputs // (2 * _LANES))
-        packed = huge_pages.zeros((panels, (inputs + 1) // 2, 2 * _LANES), torch.int32)
-        self._pack_matrix(_at(weight.contiguous()), _at(packed), outputs, inputs, gated)
-        return packed
-
-    def multiply(self, x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None, gated: bool = False) -> Tensor:
-        """x [rows, inputs] times a packed weight, plus `bias` [outputs]: [rows, outputs], or if `gated` silu(gate) * up, half as wide."""
-        x = x.contiguous()
-        rows, inputs = x.shape
-        y = x.new_empty(rows, outputs // 2 if gated else outputs)
+        self._width = outputs // 2 if gated else outputs
+        panels = -(-self._width // (_LANES if gated else 2 * _LANES))
+        self._packed = huge_pages.zeros((panels, (inputs + 1) // 2, 2 * _LANES), torch.int32)
+        kernels._pack_matrix(_at(weight.contiguous()), _at(self._packed), outputs, inputs, gated)
         together = min(max(_NEAR // (2 * inputs) // _TILE, 1), 24) * _TILE
-        scratch = torch.empty(min(rows, together) * packed.shape[1], dtype=torch.int32)
-        self._multiply(_at(x), _at(packed), _at(bias), _at(y), _at(scratch), rows, outputs, inputs, together, gated)
+        self._kernels, self._at, self._sizes = kernels, self._packed.data_ptr(), (outputs, inputs, together, gated)
+        kernels.reserve(together * self._packed.shape[1])
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [rows, inputs] times the weight, plus `bias` [outputs]: [rows, outputs]; if gated silu(gate) * up, half as wide."""
+        x, kernels = x.contiguous(), self._kernels
+        y = torch.empty(len(x), self._width, dtype=x.dtype)
+        kernels._multiply(x.data_ptr(), self._at, _at(bias), y.data_ptr(), kernels.scratch.data_ptr(), x.shape[0], *self._sizes)
         return y
 
 
@@ -190,6 +199,27 @@ def read_runs(fd: int, to: Tensor, offset: int, length: int, stride: int, runs: 
     if count < 0:
         raise OSError(-count, os.strerror(-count))
     return count
+
+
+def best(values: Tensor, with_sums: bool) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The greatest of each row, the first index where it is, and the sum of exp(value - greatest); None where there are no kernels.
+
+    Args:
+        values: [rows, n] float32, contiguous, on the CPU. A NaN is the greatest of its row.
+        with_sums: Whether the sums are wanted.
+
+    Returns:
+        [rows] float32, int64 and float32.
+    """
+    library = _library()
+    if library is None:
+        return None
+    rows, size = values.shape
+    greatest, index = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+    sums = torch.empty(rows) if with_sums else None
+    library.best_of_rows_float.argtypes, library.best_of_rows_float.restype = [_POINTER] * 4 + [_INT] * 2, None
+    library.best_of_rows_float(_at(values), _at(greatest), _at(index), _at(sums), rows, size)
+    return greatest, index, sums
 
 
 def gumbel(keys: Tensor, ids: Tensor) -> Tensor | None:

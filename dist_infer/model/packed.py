@@ -17,8 +17,7 @@ def packed_gated_product(weight: Tensor, kernels: Kernels | None) -> PackedProdu
     """Multiplication by a gate above what it gates, [2 * size, inputs], to silu(gate) * up [rows, size]; None where there is no kernel."""
     if weight.device.type != "cpu" or kernels is None or not kernels.can_multiply or weight.dtype != torch.bfloat16:
         return None
-    outputs, packed = len(weight), kernels.pack_matrix(weight, gated=True)
-    return lambda x, bias: kernels.multiply(x, packed, outputs, bias, gated=True)
+    return kernels.pack(weight, gated=True)
 
 
 def packed_product(weight: Tensor, kernels: Kernels | None) -> PackedProduct | None:
@@ -30,8 +29,7 @@ def packed_product(weight: Tensor, kernels: Kernels | None) -> PackedProduct | N
     if weight.device.type != "cpu":
         return None
     if kernels is not None and kernels.can_multiply and weight.dtype == torch.bfloat16:
-        outputs, packed = len(weight), kernels.pack_matrix(weight)
-        return lambda x, bias: kernels.multiply(x, packed, outputs, bias)
+        return kernels.pack(weight)
     if not onednn_packs(weight.dtype):
         return None
     reordered = torch.ops.mkldnn._reorder_linear_weight(weight)

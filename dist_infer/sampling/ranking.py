@@ -5,11 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dist_infer.model import native
+
 
 def best(values: Tensor) -> tuple[Tensor, Tensor]:
     """Value and index of the first token of each row of `values` [rows, n]; NaN wins, so that it is seen."""
+    if values.device.type == "cpu" and values.is_contiguous() and values.dtype == torch.float32:
+        found = native.best(values, with_sums=False)
+        if found is not None:
+            return found[0], found[1]
     value, index = values.max(dim=1)
     return value, index
+
+
+def log_sum(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The greatest of each row of `values` [rows, n], finite even where all are -inf, and the sum of exp(value - greatest), both [rows]."""
+    least = torch.finfo(values.dtype).min
+    if values.device.type == "cpu" and values.is_contiguous() and values.dtype == torch.float32:
+        found = native.best(values, with_sums=True)
+        if found is not None and found[2] is not None:
+            return found[0].clamp_min(least), found[2]
+    greatest = values.amax(dim=1).clamp_min(least)
+    return greatest, (values - greatest[:, None]).exp_().sum(dim=1)
 
 
 def top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

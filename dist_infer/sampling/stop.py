@@ -135,6 +135,11 @@ class StopRule:
         return "".join(self._released)
 
     @property
+    def max_tokens(self) -> int:
+        """Tokens after which the sequence ends whatever they are."""
+        return self._max_tokens
+
+    @property
     def tokens(self) -> int:
         """Tokens taken in, an end token included."""
         return self._tokens

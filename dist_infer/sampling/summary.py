@@ -18,7 +18,7 @@ from torch import Tensor
 from dist_infer.model import native
 from dist_infer.sampling.noise import gumbel, row_keys
 from dist_infer.sampling.processors import changes, process
-from dist_infer.sampling.ranking import best, top
+from dist_infer.sampling.ranking import best, log_sum, top
 from dist_infer.sampling.slots import NO_LOGPROBS, Rows, SlotParams, SlotTable
 
 SHORTLIST = 64  # up to this top_k the shards send the whole of it
@@ -231,9 +231,9 @@ class _Summary:
 def _raw_fields(summary: _Summary, logits: Tensor, rows: Rows) -> None:
     """Maximum and sum for the raw log-normalizer, target logits, best raw tokens."""
     layout = summary.layout
-    greatest = reference(logits)
+    greatest, total = log_sum(logits)
     summary.put("raw_max", greatest)
-    summary.put("raw_sum", (logits - greatest).exp_().sum(dim=1))
+    summary.put("raw_sum", total)
     if rows.targets is not None and layout.targets:
         index = torch.tensor(rows.targets, device=logits.device)[:, None] - summary.first_token
         own = (index >= 0) & (index < logits.shape[1])

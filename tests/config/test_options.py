@@ -110,7 +110,7 @@ def test_a_path_may_refer_to_the_environment(tmp_path: Path, monkeypatch: pytest
         ("zzzzzz=3", "zzzzzz: there is no such option; --help lists the valid ones"),
         ("model.path.x=3", "model.path.x: there is no such option; did you mean model.path?"),
         ("sampling.logit_bias.5=1", "sampling.logit_bias.5: there is no such option; did you mean sampling.logit_bias?"),
-        ("engine={block_size: 4}", "engine: there is no such option; did you mean engine.block_size?"),
+        ("engine={block_size: 4}", "engine: there is no such option; did you mean engine.overlap?"),
         ("engine.block_size=abc", "engine.block_size: Value 'abc' of type 'str' could not be converted to Integer"),
         ("engine.block_size=1.5", "engine.block_size: Value '1.5' of type 'float' could not be converted to Integer"),
         ("engine.prefix_cache=maybe", "engine.prefix_cache: Value 'maybe' is not a valid bool (type str)"),

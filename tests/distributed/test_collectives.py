@@ -90,7 +90,7 @@ def check_one(communicator: Communicator, kind: int, root: int, call: int, lengt
     brought = [torch.full((length,), 100.0 * rank + call) for rank in range(communicator.size)]
     tensor = brought[communicator.rank].clone()
     if kind == 0:
-        assert torch.equal(communicator.all_reduce(tensor), sum(brought))
+        assert torch.equal(communicator.all_reduce(tensor), torch.stack(brought).sum(0))
     elif kind == 1:
         assert torch.equal(communicator.broadcast(tensor, root), brought[root])
     elif kind == 2:

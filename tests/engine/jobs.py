@@ -51,6 +51,7 @@ class Run:
         preemptions: Of all replicas.
         prefill_tokens: Tokens the conductor's replica computed in spans longer than one.
         cached_tokens: Tokens it found in the prefix cache.
+        resolved: Rows it decided from full logits.
         logits: Of each prompt driven through the decoder by hand, one array for every replica.
     """
 
@@ -58,6 +59,7 @@ class Run:
     preemptions: int
     prefill_tokens: int
     cached_tokens: int
+    resolved: int
     logits: list[list[np.ndarray]]
 
     def tokens(self, batch: int = 0) -> list[list[int]]:
@@ -110,7 +112,8 @@ def run(
         starts = [(replica * mesh.fsdp + owner) * mesh.tp for replica in range(mesh.replicas)]
         logits.append([np.concatenate([answers[start + tp]["logits"][prompt] for tp in range(mesh.tp)], axis=1) for start in starts])
     conductor = leaders[0]
-    return Run(answers[0]["results"], sum(leader["preemptions"] for leader in leaders), conductor["prefill"], conductor["cached"], logits)
+    preemptions = sum(leader["preemptions"] for leader in leaders)
+    return Run(answers[0]["results"], preemptions, conductor["prefill"], conductor["cached"], conductor["resolved"], logits)
 
 
 def _run(
@@ -137,6 +140,7 @@ def _run(
                 "preemptions": session.engine.scheduler.preemptions,
                 "prefill": statistics.prefill_tokens,
                 "cached": statistics.cached_tokens,
+                "resolved": statistics.resolved,
             }
     except BaseException as error:
         session.close(error)

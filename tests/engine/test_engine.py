@@ -25,7 +25,7 @@ from dist_infer.engine.engine import Delta, Engine
 from dist_infer.engine.request import Request, Result
 from dist_infer.engine.runner import Runner
 from dist_infer.engine.scheduler import RopeRules, Scheduler
-from dist_infer.engine.step import Kind
+from dist_infer.engine.step import DECIDED, Kind, Step
 from dist_infer.model.attention_plan import AttentionPlan
 from dist_infer.model.batch import Batch
 from dist_infer.model.cache import KVCache
@@ -100,10 +100,10 @@ class Wire:
         """Execute all that has come since the last answer; the last step gives it."""
         answer = None
         while self.received[rank]:
-            step = worker.receive()
-            answer, _ = worker.execute(step) if step.kind == Kind.RUN else (answer, None)
+            assert answer is None, "an answer that nobody gathered"
+            answer = worker.execute(worker.receive())
         assert answer is not None
-        return answer
+        return answer.values
 
 
 class Inbox:
@@ -129,7 +129,7 @@ def make_engine(fsdp: int = 1, tp: int = 1, blocks: int = 60, heartbeat_s: float
     wire.workers = runners[1:]
     allocators = [BlockAllocator(blocks, limits.block_size, limits.prefix_cache) for _ in range(fsdp)]
     scheduler = Scheduler(limits, allocators, RopeRules(lambda length: 0))
-    return Engine(runners[0], scheduler, VOCAB, LONGEST, (EOS,), tokenizer, heartbeat_s)
+    return Engine(runners[0], scheduler, VOCAB, LONGEST, (EOS,), tokenizer, heartbeat_s, bool(limits.overlap))
 
 
 def run(engine: Engine, requests: list[Request]) -> dict[str, Result]:
@@ -203,6 +203,7 @@ WAYS: list[dict[str, Any]] = [
     {"fsdp": 3, "tp": 2, "block_size": 1, "blocks": 41, "max_batch_tokens": 9},
     {"fsdp": 2, "block_size": 64, "blocks": 4, "max_sequences": 9},
 ]
+WAYS += [{**way, "overlap": True} for way in WAYS]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -234,8 +235,8 @@ def test_results_are_those_of_each_sequence_alone(way: dict[str, Any]) -> None:
             check_logprobs(request, output.token_ids, output.logprobs)
 
 
-@pytest.mark.parametrize("way", [{}, {"fsdp": 2, "tp": 2}], ids=str)
-def test_many_rows_of_a_step_are_resolved_in_the_next(way: dict[str, Any]) -> None:
+@pytest.mark.parametrize("way", [{}, {"fsdp": 2, "tp": 2}, {"fsdp": 2, "tp": 2, "overlap": True}], ids=str)
+def test_many_rows_of_a_step_are_resolved_before_the_next(way: dict[str, Any]) -> None:
     engine = make_engine(max_batch_tokens=64, **way)
     params = SamplingParams(temperature=3.0, top_p=0.002, max_tokens=6, ignore_eos=True, logprobs=0)
     requests = [Request(str(i), [i, 9], params, seed=i) for i in range(8)]
@@ -294,7 +295,7 @@ def test_the_longest_requests_fit() -> None:
     assert results["y"].score is not None and len(results["y"].score.token_logprobs) == LONGEST
 
 
-@pytest.mark.parametrize("way", [{}, {"fsdp": 2, "tp": 2}], ids=str)
+@pytest.mark.parametrize("way", [{}, {"fsdp": 2, "tp": 2}, {"overlap": True}, {"fsdp": 2, "tp": 2, "overlap": True}], ids=str)
 def test_a_request_without_finite_logits_fails_alone(way: dict[str, Any]) -> None:
     bad = [
         Request("x", [5, POISON], SamplingParams(n=3, temperature=1.0)),
@@ -312,8 +313,67 @@ def test_a_request_without_finite_logits_fails_alone(way: dict[str, Any]) -> Non
             assert [o.token_ids for o in results[request.id].outputs] == [alone(request, i) for i in range(request.params.n or 1)]
 
 
-def test_a_request_is_forgotten_and_the_rest_goes_on() -> None:
-    engine, requests = make_engine(tp=2, blocks=14), traffic(12)
+def launches(engine: Engine) -> list[Step]:
+    """The steps that `engine` will send in two parts, as they leave: plans and launches."""
+    sent: list[Step] = []
+    execute = engine.runner.execute
+
+    def listen(step: Step) -> Any:
+        sent.append(step)
+        return execute(step)
+
+    engine.runner.execute = listen  # type: ignore[method-assign]
+    return sent
+
+
+def test_the_plan_of_a_step_leaves_before_its_tokens_are_known() -> None:
+    engine = make_engine(overlap=True)
+    sent = launches(engine)
+    requests = [Request(str(i), [20 + i], SamplingParams(max_tokens=3, ignore_eos=True)) for i in range(3)]
+    results = run(engine, requests)
+    tokens = [results[request.id].outputs[0].token_ids for request in requests]
+    kinds = [step.kind for step in sent]
+    assert kinds == [Kind.PLAN, Kind.LAUNCH, *[Kind.PLAN, Kind.LAUNCH] * 2, Kind.PLAN]
+    plans, decided = [step.spans for step in sent[::2]], [step.decided for step in sent[1::2]]
+    assert [[span.tokens for span in plan] for plan in plans] == [[[20], [21], [22]], [[DECIDED]] * 3, [[DECIDED]] * 3, []]
+    assert decided == [[], [*(t[0] for t in tokens), 0], [*(t[1] for t in tokens), 0]]
+    # All are known to end with their third token: no fourth is computed, and the last plan is empty.
+    assert engine.statistics.decode_tokens == 9
+
+
+def test_a_stop_found_late_costs_one_row() -> None:
+    engine = make_engine(overlap=True)
+    sent = launches(engine)
+    first = alone(Request("", [20], SamplingParams(max_tokens=1)), 0)[0]
+    results = run(engine, [Request("a", [20], SamplingParams(stop_token_ids=[first])), Request("b", [21], SamplingParams(max_tokens=4))])
+    assert results["a"].outputs[0].token_ids == [first] and results["a"].outputs[0].finish_reason == "stop"
+    assert [len(step.spans) for step in sent if step.kind == Kind.PLAN] == [2, 2, 1, 1, 0]
+    assert engine.runner.execute(Step(Kind.PLAN)) is None  # nothing is left being computed
+
+
+def test_a_step_of_nothing_but_stopped_sequences_is_not_left_behind() -> None:
+    engine = make_engine(overlap=True)
+    first = alone(Request("", [20], SamplingParams(max_tokens=1)), 0)[0]
+    run(engine, [Request("a", [20], SamplingParams(stop_token_ids=[first]))])
+    assert engine.runner.execute(Step(Kind.PLAN)) is None
+    unwanted = Request("b", [21])
+    engine.submit(unwanted)
+    engine.step()
+    engine.cancel(unwanted)
+    assert engine.runner.execute(Step(Kind.PLAN)) is None
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_penalties_count_every_token(overlap: bool) -> None:
+    params = SamplingParams(logit_bias=dict.fromkeys(range(10, 13), 8.0), frequency_penalty=1.0, max_tokens=14, ignore_eos=True)
+    request = Request("a", [20], params)
+    found = run(make_engine(overlap=overlap), [request])["a"].outputs[0].token_ids
+    assert found == alone(request, 0) and max(map(found.count, range(10, 13))) > 2
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_request_is_forgotten_and_the_rest_goes_on(overlap: bool) -> None:
+    engine, requests = make_engine(tp=2, blocks=14, overlap=overlap), traffic(12)
     unwanted = requests[2::4]
     for request in requests:
         assert engine.submit(request) is None

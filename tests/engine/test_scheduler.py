@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from hypothesis import HealthCheck, example, given, settings
@@ -14,7 +14,7 @@ from dist_infer.engine.blocks import BlockAllocator
 from dist_infer.engine.request import Request, TokenLogprob
 from dist_infer.engine.scheduler import Entry, RopeRules, Scheduler
 from dist_infer.engine.sequence import Sequence
-from dist_infer.engine.step import Step
+from dist_infer.engine.step import DECIDED, SpanOfStep, Step
 from dist_infer.sampling.slots import SlotParams
 
 ROPE_THRESHOLD = 8
@@ -36,6 +36,7 @@ class Limits:
     prefix_cache: bool = True
     chunked_prefill: bool = True
     rope: str = "default"
+    overlap: bool = False  # a step is scheduled before the tokens of the one before are known
 
     @property
     def options(self) -> EngineOptions:
@@ -73,7 +74,7 @@ class Job:
     after: int = 0
     score_from: int | None = None
     cancel_after: int | None = None
-    late_tokens: bool = False  # some tokens are decided one step late
+    stop_after: int | None = None  # outputs after which it ends, as nobody could know
 
 
 class Workers:
@@ -129,7 +130,10 @@ class Run:
 
     limits: Limits
     jobs: list[Job]
-    late: list[Sequence] = field(default_factory=list)
+    launched: list[Entry] = field(default_factory=list)
+    contexts: list[list[Content]] = field(default_factory=list)  # what attention read in the step launched last, entry by entry
+    decided_late: int = 0  # tokens that the plan of their step did not know
+    dropped: int = 0  # rows computed for sequences that had ended
     alive: list[Sequence] = field(default_factory=list)
     done: list[Sequence] = field(default_factory=list)
 
@@ -146,7 +150,7 @@ class Run:
         arrivals = list(self.jobs)
         due = arrivals[0].after if arrivals else 0
         patience = 0
-        while arrivals or self.scheduler.busy:
+        while arrivals or self.scheduler.busy or self.launched:
             while arrivals and due <= self.steps:
                 self.arrive(arrivals.pop(0))
                 due += arrivals[0].after if arrivals else 0
@@ -154,7 +158,7 @@ class Run:
             for sequence in self.cancel_at[self.steps]:
                 if not sequence.finished:
                     self.end(sequence, "cancelled")
-            if self.scheduler.busy:
+            if self.scheduler.busy or self.launched:
                 self.step()
                 assert not self.alive or self.steps < patience or arrivals, "a sequence starves"
             self.steps += 1
@@ -173,7 +177,8 @@ class Run:
         parent: Sequence | None = None
         for index in range(1 if job.score_from is not None else job.n):
             prompt_len = len(tokens) - (job.score_from is not None)
-            sequence = Sequence(request, index, SlotParams(prompt_len=prompt_len), None, list(tokens), prompt_len, parent)
+            longest = len(tokens) + job.outputs
+            sequence = Sequence(request, index, SlotParams(prompt_len=prompt_len), None, list(tokens), prompt_len, longest, parent)
             parent = parent or sequence
             self.wanted[sequence] = job
             self.alive.append(sequence)
@@ -182,26 +187,47 @@ class Run:
             self.scheduler.add(sequence)
 
     def step(self) -> None:
-        scheduler, late = self.scheduler, self.late
-        self.late = []
+        entries, self.launched = self.launched or self.launch({}), []
+        assert entries, "a step without work"
+        for entry, context in zip(entries, self.contexts, strict=True):
+            if entry.sequence.finished:
+                self.dropped += entry.rows
+            else:
+                self.check_context(entry, context)
+        self.scheduler.commit(entries)
+        if self.limits.overlap:
+            sampled = [e.sequence for e in entries if e.rows and not e.sequence.scored and not e.sequence.finished]
+            self.launched = self.launch({sequence: self.next_token(sequence) for sequence in sampled})
+        for entry in entries:
+            entry.sequence.awaited = False
+            self.answer(entry)
+        self.scheduler.check()
+
+    def launch(self, decided: dict[Sequence, int]) -> list[Entry]:
+        """Schedule a step and let the workers compute it with the tokens `decided` meanwhile."""
+        scheduler = self.scheduler
         before = {s: s.owner for running in scheduler.running for s in running}
         outgrown = {s for s in before if self.limits.rules.outgrown(s)}
         step, entries = scheduler.schedule()
-        assert step.spans or late, "a step without work"
         self.check_preemptions(before, outgrown)
-        decoded = Step.decode(step.encode())
-        assert decoded == step
+        read = Step.decode(step.encode())
+        assert read == step
         self.check_budgets(entries)
-        for entry, span, context in zip(entries, decoded.spans, self.workers.execute(decoded), strict=True):
-            self.check_context(entry, context)
+        for entry, span in zip(entries, read.spans, strict=True):
             assert span.tokens and span.rows == entry.rows
+        read.spans = [self.whole(span, decided) for span in read.spans]
+        self.contexts = self.workers.execute(read)
         scheduler.check()
-        scheduler.commit(entries)
-        for sequence in late:
-            self.append(sequence)
-        for entry in entries:
-            self.answer(entry)
-        scheduler.check()
+        return entries
+
+    def whole(self, span: SpanOfStep, decided: dict[Sequence, int]) -> SpanOfStep:
+        """A span with all its tokens."""
+        assert DECIDED not in span.tokens[:-1]
+        if span.tokens[-1] != DECIDED:
+            return span
+        self.decided_late += 1
+        token = next(token for sequence, token in decided.items() if sequence.slot == span.slot)
+        return replace(span, tokens=[*span.tokens[:-1], token])
 
     def check_preemptions(self, before: dict[Sequence, int | None], outgrown: set[Sequence]) -> None:
         for sequence, owner in before.items():
@@ -215,7 +241,7 @@ class Run:
     def check_budgets(self, entries: list[Entry]) -> None:
         by_owner = defaultdict(list)
         for entry in entries:
-            by_owner[entry.sequence.owner].append(entry.length)
+            by_owner[entry.owner].append(entry.length)
         for lengths in by_owner.values():
             assert len(lengths) <= self.limits.max_sequences
             alone = len(lengths) == 1 and not self.limits.chunked_prefill
@@ -225,7 +251,7 @@ class Run:
 
     def check_context(self, entry: Entry, context: list[Content]) -> None:
         sequence = entry.sequence
-        assert len(context) == sequence.computed + entry.length
+        assert len(context) == entry.end
         for position, content in enumerate(context):
             # As one forward pass over all tokens would have it; dynamic scaling remembers the length of the prompt.
             length = max(sequence.prompt_len, position + 1)
@@ -235,26 +261,23 @@ class Run:
 
     def answer(self, entry: Entry) -> None:
         sequence = entry.sequence
-        if sequence.scored:
-            end = sequence.computed + 1
-            for position in range(end - entry.rows, end):
-                sequence.logprobs.append(TokenLogprob(sequence.tokens[position], float(position)))
-            if end == len(sequence.tokens):
-                self.end(sequence, "scored")
-        elif entry.rows:
-            assert sequence.computed == len(sequence.tokens)
-            if self.wanted[sequence].late_tokens and (sequence.arrival + sequence.computed) % 3 == 0:
-                self.late.append(sequence)
-            else:
-                self.append(sequence)
-
-    def append(self, sequence: Sequence) -> None:
         if sequence.finished:
             return
+        if sequence.scored:
+            for position in range(entry.end + 1 - entry.rows, entry.end + 1):
+                sequence.logprobs.append(TokenLogprob(sequence.tokens[position], float(position)))
+            if entry.end + 1 == len(sequence.tokens):
+                self.end(sequence, "scored")
+        elif entry.rows:
+            assert entry.end == len(sequence.tokens)
+            sequence.tokens.append(self.next_token(sequence))
+            job = self.wanted[sequence]
+            if len(sequence.output) in (job.outputs, job.stop_after):
+                self.end(sequence, "length")
+
+    def next_token(self, sequence: Sequence) -> int:
         base = BASES[self.wanted[sequence].base]
-        sequence.tokens.append(base[len(sequence.tokens)] if sequence.index % 2 == 0 else len(sequence.tokens) % 2)
-        if len(sequence.output) == self.wanted[sequence].outputs:
-            self.end(sequence, "length")
+        return base[len(sequence.tokens)] if sequence.index % 2 == 0 else len(sequence.tokens) % 2
 
     def end(self, sequence: Sequence, reason: str) -> None:
         sequence.finish_reason = reason
@@ -277,6 +300,7 @@ limits = st.builds(
     prefix_cache=st.booleans(),
     chunked_prefill=st.booleans(),
     rope=st.sampled_from(["default", "dynamic", "longrope"]),
+    overlap=st.booleans(),
 )
 
 
@@ -291,7 +315,7 @@ def jobs(draw: st.DrawFn) -> Job:
         after=draw(st.sampled_from([0, 0, 0, 1, 3, 7])),
         score_from=draw(st.one_of(st.none(), st.none(), st.integers(1, prompt - 1))) if prompt > 1 else None,
         cancel_after=draw(st.sampled_from([None, None, None, None, 0, 2, 5])),
-        late_tokens=draw(st.booleans()),
+        stop_after=draw(st.sampled_from([None, None, 1, 3])),
     )
 
 
@@ -316,7 +340,7 @@ def test_random_traffic(limits: Limits, jobs: list[Job]) -> None:
 
 def test_crowds() -> None:
     """Many requests in little memory, and that the traffic is what it should be."""
-    preemptions = forks = cached = 0
+    preemptions = forks = cached = decided_late = dropped = 0
     for seed in range(40):
         random = Random(seed)
         limits = Limits(
@@ -328,17 +352,21 @@ def test_crowds() -> None:
             prefix_cache=seed % 2 == 0,
             chunked_prefill=seed % 4 < 2,
             rope=random.choice(["default", "dynamic", "longrope"]),
+            overlap=seed % 8 < 4,
         )
         jobs = []
         for _ in range(30):
             prompt = random.randint(1, LONGEST - 1)
             outputs = random.randint(1, LONGEST - prompt)
-            jobs.append(Job(random.randrange(3), prompt, random.choice([1, 4]), outputs, random.choice([0, 0, 2]), late_tokens=True))
+            stop = random.choice([None, 2, 5])
+            jobs.append(Job(random.randrange(3), prompt, random.choice([1, 4]), outputs, random.choice([0, 0, 2]), stop_after=stop))
         run = Run(limits, jobs).run()
         preemptions += run.scheduler.preemptions
         cached += sum(s.cached for s in run.done if s.parent is None)
         forks += sum(s.cached == s.prompt_len - 1 > 0 for s in run.done if s.parent is not None)
-    assert min(preemptions, forks, cached) > 300
+        decided_late += run.decided_late
+        dropped += run.dropped
+    assert min(preemptions, forks, cached, decided_late, dropped) > 300
 
 
 def plain(*prompts: list[int], n: int = 1, score_from: int | None = None) -> list[Sequence]:
@@ -349,7 +377,7 @@ def plain(*prompts: list[int], n: int = 1, score_from: int | None = None) -> lis
         parent = None
         for index in range(n):
             prompt_len = len(tokens) - (score_from is not None)
-            made.append(Sequence(request, index, SlotParams(prompt_len=prompt_len), None, list(tokens), prompt_len, parent))
+            made.append(Sequence(request, index, SlotParams(prompt_len=prompt_len), None, list(tokens), prompt_len, LONGEST, parent))
             parent = parent or made[-1]
     return made
 
@@ -367,6 +395,7 @@ def spans(scheduler: Scheduler, decided: int = 9) -> list[tuple[int, int, int]]:
     step, entries = scheduler.schedule()
     scheduler.commit(entries)
     for entry in entries:
+        entry.sequence.awaited = False
         if entry.rows:
             entry.sequence.tokens.append(decided)
     return [(span.slot, span.start, len(span.tokens)) for span in step.spans]
@@ -378,6 +407,40 @@ def test_a_long_prompt_enters_in_chunks_beside_running_sequences() -> None:
     assert spans(scheduler) == [(0, 2, 1), (1, 4, 5)]
     assert spans(scheduler) == [(0, 3, 1), (1, 9, 3)]
     assert spans(scheduler) == [(0, 4, 1), (1, 12, 1)]
+
+
+def test_a_step_is_scheduled_before_the_tokens_of_the_one_before_are_known() -> None:
+    ends, goes_on, scored = *plain([1, 2, 3], [4, 5]), plain(list(range(12)), score_from=2)[0]
+    ends.longest = 4
+    scheduler = start(Limits(max_batch_tokens=9, spare_blocks=9), [ends, goes_on, scored])
+    step, entries = scheduler.schedule()
+    assert [(span.tokens, span.rows) for span in step.spans] == [([1, 2, 3], 1), ([4, 5], 1), ([0, 1, 2, 3], 3)]
+    scheduler.commit(entries)
+    step, entries = scheduler.schedule()  # the first can only have its last token: it is not computed
+    assert [(span.start, span.tokens, span.rows) for span in step.spans] == [(2, [DECIDED], 1), (4, [4, 5, 6, 7, 8, 9, 10], 7)]
+    ends.finish_reason = goes_on.finish_reason = "stop"
+    scheduler.remove(ends)
+    scheduler.remove(goes_on)
+    scheduler.commit(entries)
+    scheduler.check()
+    step, entries = scheduler.schedule()
+    assert not step.spans and step.frees == [0, 1] and scored.missing == 0
+
+
+def test_a_block_with_the_token_after_a_stop_is_not_found() -> None:
+    stopped, again = plain([1, 2, 3], [1, 2, 3, 9, 9])
+    scheduler = start(Limits(spare_blocks=9), [stopped])
+    _, entries = scheduler.schedule()
+    scheduler.commit(entries)
+    _, entries = scheduler.schedule()  # its token fills a block
+    stopped.tokens.append(9)
+    stopped.finish_reason = "stop"
+    scheduler.remove(stopped)
+    scheduler.commit(entries)
+    scheduler.check()
+    scheduler.add(again)
+    scheduler.schedule()
+    assert again.cached == 0
 
 
 def test_a_prompt_that_may_not_be_split_waits_and_goes_alone() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_infer.engine.step import Admission, Kind, SpanOfStep, Step, TableDelta
+from dist_infer.engine.step import DECIDED, Admission, Kind, SpanOfStep, Step, TableDelta
 from dist_infer.sampling.slots import SlotParams
 
 FULL = Step(
@@ -34,6 +34,8 @@ FULL = Step(
         Step(frees=[1], spans=[SpanOfStep(0, 0, [1], 1)]),
         Step(admissions=FULL.admissions[1:]),
         Step(copies=[(0, 1, 2)], resolves=[(1, 2)]),
+        Step(Kind.PLAN, spans=[SpanOfStep(0, 7, [DECIDED], 1), SpanOfStep(3, 0, [4, 5], 1)]),
+        Step(Kind.LAUNCH, decided=[9, 0, 2**31 - 1]),
     ],
 )
 def test_a_step_comes_back_as_it_was_sent(step: Step) -> None:
@@ -60,8 +62,9 @@ many = st.lists(words, max_size=4)
         ),
         tables=st.lists(st.builds(TableDelta, words, words, many), max_size=3),
         copies=st.lists(st.tuples(words, words, words), max_size=3),
-        spans=st.lists(st.builds(SpanOfStep, words, words, many, words, many), max_size=3),
+        spans=st.lists(st.builds(SpanOfStep, words, words, many | st.just([DECIDED]), words, many), max_size=3),
         resolves=st.lists(st.tuples(words, words), max_size=3),
+        decided=many,
         message=st.text(max_size=5),
     )
 )

@@ -1,0 +1,258 @@
+"""This machine as a cluster of one: what its cores, its memory and its page cache give, measured in a few seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from dist_infer.checkpoint.checkpoint import load, open_checkpoint
+from dist_infer.checkpoint.pages import prefer_huge_pages
+from dist_infer.config.loader import LoaderOptions
+from dist_infer.distributed.collectives import SingleRank
+from dist_infer.distributed.shared_memory import SharedMemory, segment_size
+from dist_infer.engine.cluster import CONTROL_S, Cluster, Link, Rates
+from dist_infer.engine.memory import free_bytes
+from dist_infer.model.batch import Batch, TokenSpan
+from dist_infer.model.cache import KVCache
+from dist_infer.model.config import ModelConfig
+from dist_infer.model.decoder import Decoder
+from dist_infer.model.layers import Linear
+from dist_infer.model.native import kernels
+from dist_infer.model.weights import describe
+
+# Larger than the caches of a few cores, so that weights come from memory, as a model's do.
+PROBE = ModelConfig("llama", 4096, 1024, 2816, layers=8, heads=16, kv_heads=4, head_dim=64, norm_eps=1e-5, max_position=4096)
+# So small that a layer takes what Python and the calls of kernels take.
+SLIGHT = replace(PROBE, vocab_size=64, hidden_size=64, ffn_size=64, heads=2, kv_heads=1, head_dim=32)
+BLOCK_SIZE = 16
+DECODES, CONTEXT = 16, 512  # sequences, and the tokens each has, when attention is measured
+PREFILL = 1024  # tokens of the span whose attention is measured
+FEW_LAYERS = 2  # are enough where arithmetic takes long
+ROWS = 256  # of products that arithmetic limits
+SMALL, LARGE = 8 << 10, 1 << 20  # bytes of all-reduces
+NARROW, WIDE = 64, 8192  # outputs of the projection whose weight is gathered
+PAIR_TIMEOUT_S = 60.0
+
+
+def measure(dtype: torch.dtype, pack: bool, native: bool) -> Cluster:
+    """This machine's figures for models that compute in `dtype`.
+
+    Args:
+        dtype: Type of weights and KV cache.
+        pack: Whether weights are packed.
+        native: Whether compiled kernels are used.
+    """
+    cores, memory = len(os.sched_getaffinity(0)), free_bytes(torch.device("cpu"), 1)
+    shared, gathers = _links(dtype) if cores > 1 else (Link(math.inf, 0), Link(math.inf, 0))
+    with torch.inference_mode():
+        probe, slight = _Probe(PROBE, dtype, native), _Probe(SLIGHT, dtype, native)
+        packed = plain = probe.products()
+        packing = math.inf
+        if pack:
+            packing = probe.pack()
+            slight.pack()
+            packed = probe.products()
+        layer_s, step_s = slight.host()
+        attention = probe.attention(packed)
+    return Cluster(
+        name="this machine",
+        kind="cpu",
+        nodes=1,
+        devices=cores,
+        memory=memory // cores,
+        products=_of_core(packed, cores),
+        gathered_products=_of_core(plain, cores),
+        attention=_of_core(attention, cores),
+        intra=shared,
+        gather=gathers,
+        inter=Link(math.inf, 0),
+        control=max(CONTROL_S, shared.latency),
+        storage=_loading(dtype),
+        packing=packing,
+        layer_s=layer_s,
+        step_s=step_s,
+        overlaps=False,
+    )
+
+
+def _of_core(rates: Rates, cores: int) -> Rates:
+    return Rates(rates.bandwidth / cores, rates.flops / cores)
+
+
+class _Probe:
+    """A decoder of constant weights, whose parts are timed."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, native: bool) -> None:
+        self.dtype = dtype
+        cpu = torch.device("cpu")
+        with torch.device("meta"):
+            decoder = Decoder(config, SingleRank(), cpu).to(dtype)
+        self.decoder = decoder.to_empty(device=cpu)
+        for parameter in self.decoder.parameters():
+            parameter.fill_(0.01)
+        self.decoder.use(kernels(dtype) if native else None)
+        self.linears = [module for block in self.decoder.blocks for module in block.modules() if isinstance(module, Linear)]
+        self.elements = sum(linear.inputs * linear.outputs for linear in self.linears)
+
+    def pack(self) -> float:
+        """Pack the weights; returns bytes/s."""
+        began = time.perf_counter()
+        for linear in self.linears:
+            linear.pack(keep_weight=False)
+        return self.elements * self.dtype.itemsize / (time.perf_counter() - began)
+
+    def products(self) -> Rates:
+        """Of the projections alone: bandwidth with one row, arithmetic with many."""
+        some = self.linears[: len(self.linears) * FEW_LAYERS // PROBE.layers]
+        read_s, computed_s = self._multiply(self.linears, 1), self._multiply(some, ROWS)
+        operations = 2 * ROWS * sum(linear.inputs * linear.outputs for linear in some)
+        return Rates(self.elements * self.dtype.itemsize / read_s, operations / computed_s)
+
+    def _multiply(self, linears: list[Linear], rows: int) -> float:
+        """Seconds of products with `rows` rows."""
+        inputs = [torch.ones(rows, linear.inputs, dtype=self.dtype) for linear in linears]
+        return _fastest(lambda: [linear(x) for linear, x in zip(linears, inputs, strict=True)])
+
+    def host(self) -> tuple[float, float]:
+        """Seconds of a layer, its products aside, and of a step beside its layers."""
+        cache = self._cache(BLOCK_SIZE)
+        times = []
+        for layers in (PROBE.layers, FEW_LAYERS):
+            with self._only(layers):
+                times.append(_fastest(lambda: self._step(cache, 1, 1, 8), 9))
+        layer_s = max(0.0, (times[0] - times[1]) / (PROBE.layers - FEW_LAYERS))
+        step_s = max(0.0, times[1] - FEW_LAYERS * layer_s)
+        return max(0.0, layer_s - self._multiply(self.linears, 1) / PROBE.layers), step_s
+
+    def attention(self, most: Rates) -> Rates:
+        """Bandwidth of many short contexts against long ones, arithmetic of short spans against a long one."""
+        cache = self._cache(DECODES * CONTEXT)
+        short, long = (_fastest(lambda context=context: self._step(cache, DECODES, 1, context)) for context in (BLOCK_SIZE, CONTEXT))
+        read = DECODES * (CONTEXT - BLOCK_SIZE) * 2 * PROBE.kv_heads * PROBE.head_dim * self.dtype.itemsize * PROBE.layers
+        with self._only(FEW_LAYERS):
+            count = 16
+            many, one = (_fastest(lambda n=n: self._step(cache, n, PREFILL // n, PREFILL // n), 2) for n in (count, 1))
+        scores = (PREFILL**2 - PREFILL**2 // count) // 2
+        operations = 4 * PROBE.heads * PROBE.head_dim * scores * FEW_LAYERS
+        # Differences are noisy; no kernel is faster than products.
+        return Rates(min(most.bandwidth, read / max(long - short, 1e-9)), min(most.flops, operations / max(one - many, 1e-9)))
+
+    def _cache(self, tokens: int) -> KVCache:
+        return self.decoder.new_cache(-(-tokens // BLOCK_SIZE) + 2, BLOCK_SIZE)
+
+    def _step(self, cache: KVCache, sequences: int, length: int, context: int) -> None:
+        """A step of some sequences' last `length` of `context` tokens."""
+        width = -(-context // BLOCK_SIZE)
+        tables = 1 + np.arange(sequences * width, dtype=np.int32).reshape(sequences, width)
+        spans = [TokenSpan([1] * length, context - length, table) for table in tables]
+        batch = Batch.of(spans, BLOCK_SIZE, self.decoder.rotary, torch.device("cpu"))
+        self.decoder(batch, cache, lambda logits, first: None)
+
+    @contextlib.contextmanager
+    def _only(self, layers: int) -> Iterator[None]:
+        """The decoder with its first layers alone."""
+        blocks, rotations = self.decoder.blocks, self.decoder.rotations
+        self.decoder.blocks, self.decoder.rotations = blocks[:layers], rotations[:layers]
+        yield
+        self.decoder.blocks, self.decoder.rotations = blocks, rotations
+
+
+def _fastest(call: Callable[[], object], times: int = 3) -> float:
+    """Seconds of the fastest of some calls, after one that is not counted."""
+    call()
+    found = []
+    for _ in range(times):
+        began = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def _loading(dtype: torch.dtype) -> float:
+    """Bytes/s of our loader, from the page cache into memory that is asked for while it reads."""
+    config = replace(PROBE, layers=FEW_LAYERS)
+    weights = list(describe(config))
+    with tempfile.TemporaryDirectory() as directory:
+        tensors = {piece.name: torch.ones(piece.shape, dtype=dtype) for weight in weights for piece in weight.pieces}
+        save_file(tensors, Path(directory, "model.safetensors"))
+        checkpoint = open_checkpoint(directory)
+        began = time.perf_counter()
+        destinations = {weight.parameter: torch.empty(weight.shape, dtype=dtype) for weight in weights}
+        prefer_huge_pages(destinations.values())
+        report = load(checkpoint, config, weights, 1, 0, destinations, LoaderOptions())
+        return report.bytes_requested / (time.perf_counter() - began)
+
+
+def _links(dtype: torch.dtype) -> tuple[Link, Link]:
+    """All-reduce through shared memory, and FSDP's gathers, between two processes of one thread each."""
+    context = multiprocessing.get_context("fork")  # quick, and our threads are not running yet
+    segment = mmap.mmap(-1, segment_size(2))
+    ours, theirs = context.Pipe()
+    with tempfile.TemporaryDirectory() as directory:
+        store = f"{directory}/store"
+        pair = [context.Process(target=_measure_pair, args=(rank, segment, store, dtype, theirs), daemon=True) for rank in range(2)]
+        for process in pair:
+            process.start()
+        found = ours.recv() if ours.poll(PAIR_TIMEOUT_S) else None
+        for process in pair:
+            if found is None:
+                process.kill()
+            process.join()
+    if found is None or isinstance(found, str):
+        raise RuntimeError(f"two processes could not talk to each other, so no plan for several ranks can be made: {found or 'no answer'}")
+    return found
+
+
+def _measure_pair(rank: int, segment: mmap.mmap, store: str, dtype: torch.dtype, answers: Connection) -> None:
+    """What either process does; the first answers."""
+    try:
+        torch.set_num_threads(1)
+        found = _all_reduces(SharedMemory(segment, rank, (0, 1), True, PAIR_TIMEOUT_S)), _gathers(rank, store, dtype)
+        if rank == 0:
+            answers.send(found)
+    except Exception as error:
+        answers.send(f"{type(error).__name__}: {error}")
+    finally:
+        os._exit(0)
+
+
+def _all_reduces(communicator: SharedMemory) -> Link:
+    times = []
+    for size in (SMALL, LARGE):
+        tensor = torch.zeros(size // 2, dtype=torch.bfloat16)
+        times.append(_fastest(lambda tensor=tensor: [communicator.all_reduce(tensor) for _ in range(20)], 5) / 20)
+    bandwidth = (LARGE - SMALL) / max(times[1] - times[0], 1e-9)
+    return Link(bandwidth, max(0.0, times[0] - SMALL / bandwidth))
+
+
+def _gathers(rank: int, store: str, dtype: torch.dtype) -> Link:
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    mesh, inputs, times = init_device_mesh("cpu", (2,)), PROBE.hidden_size, []
+    with torch.no_grad():
+        x = torch.ones(1, inputs, dtype=dtype)
+        for outputs in (NARROW, WIDE):
+            linear = nn.Linear(inputs, outputs, bias=False, dtype=dtype)
+            alone = _fastest(lambda linear=linear: linear(x))
+            fully_shard(linear, mesh=mesh, reshard_after_forward=True)
+            times.append(_fastest(lambda linear=linear: linear(x), 5) - alone)
+    dist.destroy_process_group()
+    size = inputs * (WIDE - NARROW) * dtype.itemsize / 2  # what either rank receives
+    bandwidth = size / max(times[1] - times[0], 1e-9)
+    return Link(bandwidth, max(0.0, times[0]))
