@@ -23,4 +23,5 @@ class EngineOptions:
     chunked_prefill: bool = option(True, "let a long prompt enter over several steps, beside running sequences")
     pack_weights: bool = option(True, "reorder weights once for the CPU's matrix units (fsdp=1 only)")
     native_kernels: bool = option(True, "compile small CPU kernels on first use, where a C++ compiler is found")
+    cuda_graphs: bool = option(True, "replay decode steps on GPUs from recorded graphs")
     overlap: bool | None = option(None, "plan a step while the one before is computed; default: on GPUs")

@@ -14,6 +14,7 @@ from dist_infer.distributed.mesh import Mesh
 from dist_infer.engine.step import DECIDED, Kind, SpanOfStep, Step
 from dist_infer.model.batch import Batch, TokenSpan
 from dist_infer.model.cache import KVCache
+from dist_infer.model.cuda_graphs import decode_graphs
 from dist_infer.model.decoder import LOGIT_ROWS, Decoder
 from dist_infer.model.fallback.decoder import FallbackDecoder
 from dist_infer.model.transfer import to_device
@@ -98,6 +99,10 @@ class Runner:
         self.known = [0] * slots
         self.rope_anchors = np.zeros(slots, dtype=np.int64)
         self.blocks = np.zeros((slots, -(-max_model_len // cache.block_size)), dtype=np.int32)
+        graphs = None
+        if options.cuda_graphs and mesh.shape.fsdp == 1:
+            graphs = decode_graphs(decoder, mesh.tp, cache, options.max_sequences, max_model_len)
+        self._forward = graphs or decoder
         self._held: list[HeldRows] = []
         self._planned: Work | None = None
         self._launched: Launched | None = None
@@ -213,7 +218,7 @@ class Runner:
             if layout.noised > 1:  # some row filters: the leader may come back for it
                 self._held.append(held)
 
-        self.decoder(work.batch, self.cache, reduce)
+        self._forward(work.batch, self.cache, reduce)
         if layout is not None:
             values = summaries.to("cpu", non_blocking=True)
             ready = None
