@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dist_infer.config.engine import EngineOptions
 from dist_infer.config.sampling import SamplingParams
+from dist_infer.distributed.collectives import SingleRank
 from dist_infer.distributed.mesh import MeshShape
 from dist_infer.engine.blocks import BlockAllocator
 from dist_infer.engine.engine import Delta, Engine
@@ -123,7 +124,7 @@ def make_engine(fsdp: int = 1, tp: int = 1, blocks: int = 60, heartbeat_s: float
     runners = []
     for rank in range(fsdp * tp):
         control = wire if rank == 0 else Inbox(wire, rank)
-        mesh = SimpleNamespace(shape=shape, coordinates=shape.coordinates(rank), control=control)
+        mesh = SimpleNamespace(shape=shape, coordinates=shape.coordinates(rank), control=control, tp=SingleRank())
         cache = KVCache(1, blocks, 1, limits.block_size, 1, torch.float32, torch.device("cpu"))
         runners.append(Runner(mesh, ContextModel(tp, rank % tp), cache, limits, LONGEST))  # type: ignore[arg-type]
     wire.workers = runners[1:]
