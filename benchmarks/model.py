@@ -52,13 +52,14 @@ def write_model(config: LlamaConfig, directory: Path, seed: int = 0) -> int:
     """Save random weights as `directory`/dcp and `directory`/safetensors, each with its configuration; returns their bytes."""
     with torch.device("meta"):
         names = LlamaForCausalLM(config).state_dict()
-    generator = torch.Generator().manual_seed(seed)
+    maker = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator(maker).manual_seed(seed)
     weights = {}
     for name, empty in names.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        weight = torch.empty(empty.shape, dtype=torch.bfloat16)
-        weights[name] = weight.fill_(1) if weight.dim() == 1 else weight.normal_(0, DEVIATION, generator=generator)
+        weight = torch.empty(empty.shape, dtype=torch.bfloat16, device=maker)
+        weights[name] = (weight.fill_(1) if weight.dim() == 1 else weight.normal_(0, DEVIATION, generator=generator)).cpu()
     for kind in ("dcp", "safetensors"):
         (directory / kind).mkdir(parents=True)
         (directory / kind / "config.json").write_text(config.to_json_string(use_diff=False))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 from tqdm import tqdm
 
 from dist_infer.checkpoint.checkpoint import open_checkpoint
@@ -208,10 +209,10 @@ class Resident:
         found = None
         if options.native_kernels and self._world.device.type == "cpu":
             found = kernels(dtype)
-        elif options.native_kernels:
-            from dist_infer.model.cuda_kernels import cuda_kernels  # 30 ms that no start on CPU should cost
+        elif options.native_kernels and has_triton():
+            from dist_infer.model.cuda_kernels import CudaKernels  # half a second that no start on CPU should cost
 
-            found = cuda_kernels(self.shard.decoder, dtype, options.block_size)
+            found = CudaKernels(self._world.device)
         return found if all(self._world.exchange("native kernels", found is not None)) else None
 
     def _progress(self, blueprint: Blueprint, total_elements: int, what: str) -> tqdm:

@@ -196,14 +196,14 @@ class Runner:
             if span.tokens[-1] == DECIDED:
                 places.append(end - 1)
                 slots.append(span.slot)
-        return (to_device(torch.tensor(places), self.device), slots) if slots else None
+        return (to_device(places, self.device), slots) if slots else None
 
     def _launch(self, work: Work, decided: list[int]) -> None:
         """Begin to compute `work`; `decided` has by slot the tokens that it misses."""
         if work.awaiting is not None:
             places, slots = work.awaiting
-            tokens = torch.tensor([decided[slot] for slot in slots])
-            work.batch.tokens.index_copy_(0, places, to_device(tokens, self.device))
+            tokens = to_device([decided[slot] for slot in slots], self.device)
+            work.batch.tokens.index_copy_(0, places, tokens)
         self._count(work.spans, decided)
         layout, rows = work.layout, work.rows
         self._held = []
@@ -247,7 +247,7 @@ class Runner:
             self.blocks[t.slot, t.first : t.first + len(t.blocks)] = t.blocks
         copies = [(source, target) for owner, source, target in step.copies if owner == self.coordinate]
         if copies:
-            sources, targets = to_device(torch.tensor(copies), self.device).T
+            sources, targets = to_device(copies, self.device).T
             self.cache.copy_blocks(sources, targets)
 
     def _count(self, spans: list[SpanOfStep], decided: list[int]) -> None:

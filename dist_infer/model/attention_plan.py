@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_infer.model.cache import KVCache
+from dist_infer.model.transfer import all_to_device, to_device
 
 IntArray = np.ndarray
 
@@ -63,12 +64,12 @@ class BlockPairs:
             owners[blocks - first], to_pairs[blocks - first] = owner, place
             pairs, gathered = blocks - first, None
         else:
-            owners, to_pairs, gathered = owner, place, torch.from_numpy(blocks).to(device)
+            owners, to_pairs, gathered = owner, place, to_device(blocks, device)
             pairs = np.arange(len(blocks))
         to_spans = np.repeat(pairs[starts], width)
         to_spans[place] = pairs
-        arrays = (torch.from_numpy(array).to(device) for array in (owners, to_spans, to_pairs, pairs, starts))
-        owner_tensor, to_spans_tensor, to_pairs_tensor, used, starts_tensor = arrays
+        tensors = all_to_device([owners, to_spans, to_pairs, pairs, starts], device)
+        owner_tensor, to_spans_tensor, to_pairs_tensor, used, starts_tensor = tensors
         return cls(owner_tensor, gathered, first, to_spans_tensor, to_pairs_tensor, used, starts_tensor)
 
     def score_rows(self, heads: int, width: int) -> tuple[Tensor, Tensor]:
@@ -95,8 +96,7 @@ class SpanTable:
         offsets = np.array([*(span.start for span in spans), spans[-1].start + spans[-1].length], dtype=np.int32)
         contexts = np.array([span.context for span in spans], dtype=np.int32)
         self.longest, self.longest_context = int(np.diff(offsets).max()), int(contexts.max())
-        self.offsets, self.contexts = torch.from_numpy(offsets).to(device), torch.from_numpy(contexts).to(device)
-        self.tables = torch.from_numpy(_block_tables(spans, contexts, block_size)).to(device)
+        self.offsets, self.contexts, self.tables = all_to_device([offsets, contexts, _block_tables(spans, contexts, block_size)], device)
         self.count, self.width = self.tables.shape
         self.pointers = (self.offsets.data_ptr(), self.contexts.data_ptr(), self.tables.data_ptr())  # every layer asks
 
@@ -122,8 +122,7 @@ class Decodes:
         contexts = np.array([span.context for span in spans])
         self._counts, self._block_size, self._device = -(-contexts // block_size), block_size, device
         self._tables = _block_tables(spans, contexts, block_size)
-        self.rows = torch.tensor([span.start for span in spans], device=device)
-        self.contexts = torch.from_numpy(contexts).to(device)
+        self.rows, self.contexts = all_to_device([np.array([span.start for span in spans]), contexts], device)
         self._masks: dict[int | None, Tensor] = {}
         self._score_rows: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -135,7 +134,7 @@ class Decodes:
     @cached_property
     def tables(self) -> Tensor:
         """[spans, width] their block tables; what is beyond a span's last block is not read."""
-        return torch.from_numpy(self._tables).to(self._device)
+        return to_device(self._tables, self._device)
 
     @cached_property
     def pairs(self) -> BlockPairs:
@@ -190,7 +189,7 @@ class AttentionPlan:
         """Spans of more than one token, each with its blocks as a tensor."""
         longer = [span for span in self._spans if span.length > 1]
         tables = [span.blocks[: -(-span.context // self._block_size)].astype(np.int64) for span in longer]
-        return [(span, torch.from_numpy(table).to(self._device)) for span, table in zip(longer, tables, strict=True)]
+        return [(span, to_device(table, self._device)) for span, table in zip(longer, tables, strict=True)]
 
     def cache_rows(self, cache: KVCache) -> Tensor:
         """`cache.rows` of this step's slots, remembered: every layer asks."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dist_infer.model.attention_plan import AttentionPlan, Span
 from dist_infer.model.rotary import Rotary
+from dist_infer.model.transfer import all_to_device, to_device
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,10 @@ class Batch:
             logit_rows += range(first + count - span.rows, first + count)
             attention.append(Span(first, count, span.start + count, span.blocks))
         position_array = np.concatenate(positions)
-        return cls(
-            tokens=torch.tensor(tokens, device=device),
-            positions=torch.from_numpy(position_array).to(device),
-            rope_lengths=_rope_lengths(spans, position_array, rotary, device),
-            logit_rows=torch.tensor(logit_rows, dtype=torch.long, device=device),
-            attention=AttentionPlan(attention, torch.from_numpy(np.concatenate(slots)).to(device), block_size),
-        )
+        arrays = [np.array(tokens), position_array, np.array(logit_rows, dtype=np.int64), np.concatenate(slots)]
+        token_ids, at_positions, at_rows, at_slots = all_to_device(arrays, device)
+        rope_lengths = _rope_lengths(spans, position_array, rotary, device)
+        return cls(token_ids, at_positions, rope_lengths, at_rows, AttentionPlan(attention, at_slots, block_size))
 
 
 def _rope_lengths(spans: Sequence[TokenSpan], positions: np.ndarray, rotary: Rotary, device: torch.device) -> Tensor | None:
@@ -83,4 +81,4 @@ def _rope_lengths(spans: Sequence[TokenSpan], positions: np.ndarray, rotary: Rot
         return None
     anchors = np.repeat([span.anchor for span in spans], [len(span.tokens) for span in spans])
     lengths = np.maximum(anchors, positions + 1)
-    return torch.from_numpy(lengths).to(device) if lengths.max() > rotary.threshold else None
+    return to_device(lengths, device) if lengths.max() > rotary.threshold else None

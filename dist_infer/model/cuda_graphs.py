@@ -1,4 +1,4 @@
-"""Decode steps replayed from CUDA graphs, so that a step costs one launch instead of some hundreds. Not yet run on a GPU."""
+"""Decode steps replayed from CUDA graphs, so that a step costs one launch instead of some hundreds."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Forward(Protocol):
 class DecodeGraphs:
     """Runs steps: those of one-token spans, whose logits are all wanted, from a graph; any other as the decoder does.
 
-    There is a graph for 1, 2, 4, 8... rows, recorded when first needed. Rows too many write to block 0, which is nobody's. All of a
-    rank's memory stays where it is: weights and cache must not move while there are graphs (`forget` them).
+    There is a graph for 1, 2, 4, 8... rows, recorded when first needed. Rows too many write to block 0, which is nobody's. Weights and
+    cache must stay where they are in memory; on GPUs they do, as a swap overwrites them in place.
 
     Args:
         forward: The decoder's. Its attention takes all spans in one call, and its collectives are capturable.
@@ -64,10 +64,6 @@ class DecodeGraphs:
         if bucket not in self._graphs:
             self._graphs[bucket] = _Graph(self._forward, cache, bucket, self._width, self._device, self._record)
         self._graphs[bucket].run(batch, reduce)
-
-    def forget(self) -> None:
-        """Let go of all graphs; they are recorded again when needed."""
-        self._graphs.clear()
 
 
 class _Graph:

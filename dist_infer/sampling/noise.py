@@ -11,8 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 from dist_infer.model import native
+from dist_infer.model.transfer import to_device
 
 # Weyl increment and finalizer multipliers of the splitmix64 family.
 _STEP = 0x9E3779B97F4A7C15
@@ -40,7 +42,7 @@ def gumbel(keys: np.ndarray, ids: Tensor) -> Tensor:
     Returns:
         [rows, n] float32. Sixty-three random bits stand behind each number, so that the upper tail is as fine as float32 can say.
     """
-    pairs = torch.from_numpy(keys).to(ids.device)
+    pairs = to_device(keys, ids.device)
     compiled = native.gumbel(pairs, ids) if ids.device.type == "cpu" else None
     if compiled is not None:
         return compiled
@@ -52,6 +54,16 @@ def gumbel(keys: np.ndarray, ids: Tensor) -> Tensor:
     # -log(-log(1 - v)) with v uniform: written in v, not 1 - v, because the largest noise comes from the smallest v.
     minus_v = bits.to(torch.float32).mul_(-(2.0**-63)).clamp_(-(1 - 2.0**-24), -(2.0**-64))
     return minus_v.log1p_().neg_().log_().neg_()
+
+
+def noised(scaled: Tensor, keys: np.ndarray, first_token: int) -> Tensor:
+    """`scaled` [rows, n] float32 plus the noise of the n token ids from `first_token` on."""
+    if scaled.device.type == "cuda" and has_triton():
+        from dist_infer.sampling.cuda_noise import add_gumbel  # half a second that no start on CPU should cost
+
+        return add_gumbel(scaled.contiguous(), keys, first_token, (_signed(_STEP), _signed(_MIX1), _signed(_MIX2)))
+    ids = torch.arange(first_token, first_token + scaled.shape[1], device=scaled.device)
+    return gumbel(keys, ids).add_(scaled)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

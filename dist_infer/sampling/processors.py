@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dist_infer.model.transfer import to_device
 from dist_infer.sampling.slots import Rows, SlotParams, SlotTable
 
 
@@ -27,11 +28,11 @@ def process(logits: Tensor, rows: Rows, params: Sequence[SlotParams], table: Slo
     biases = [(r, i - first, b) for r in sampled for i, b in params[r].logit_bias if first <= i < last]
     if biases:
         at_row, at_id, addend = zip(*biases, strict=True)
-        index = (torch.tensor(at_row, device=logits.device), torch.tensor(at_id, device=logits.device))
-        logits[index] += torch.tensor(addend, dtype=torch.float32, device=logits.device)
+        index = (to_device(at_row, logits.device), to_device(at_id, logits.device))
+        logits[index] += to_device(addend, logits.device, torch.float32)
     bans = [(r, i - first) for r in sampled if _banning(params[r], rows.positions[r]) for i in params[r].banned if first <= i < last]
     if bans:
-        at_row, at_id = torch.tensor(bans, device=logits.device).T
+        at_row, at_id = to_device(bans, logits.device).T
         logits[at_row, at_id] = float("-inf")
 
 
@@ -46,10 +47,10 @@ def _penalize(logits: Tensor, which: list[int], rows: Rows, params: Sequence[Slo
         return
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
+        return to_device(values, logits.device, torch.float32)[:, None]
 
-    at = torch.tensor(which, device=logits.device)
-    counts, in_prompt = table.tokens_of(torch.tensor([rows.slots[r] for r in which], device=logits.device))
+    at = to_device(which, logits.device)
+    counts, in_prompt = table.tokens_of(to_device([rows.slots[r] for r in which], logits.device))
     produced = counts > 0
     repetition = column([params[r].repetition_penalty for r in which])
     some = logits[at]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_infer.config.sampling import SamplingParams
+from dist_infer.model.transfer import to_device
 
 GREEDY_BELOW = 1e-5  # a temperature below this is greedy: logits divided by less may overflow
 NO_LOGPROBS = -1
@@ -213,7 +214,7 @@ class SlotTable:
         if not own:
             return
         assert self._output_counts is not None
-        at = torch.tensor(own, device=self.device).T
+        at = to_device(own, self.device).T
         self._output_counts.index_put_((at[0], at[1]), torch.ones_like(at[0], dtype=torch.int32), accumulate=True)
 
     def free(self, slot: int) -> None:
@@ -233,5 +234,5 @@ class SlotTable:
 
     def _own(self, tokens: Sequence[int]) -> Tensor:
         """Those of `tokens` in this rank's slice, as offsets into it."""
-        offsets = torch.tensor(tokens, dtype=torch.long, device=self.device) - self.first_token
+        offsets = to_device(tokens, self.device, torch.long) - self.first_token
         return offsets[(offsets >= 0) & (offsets < self.vocab_local)]

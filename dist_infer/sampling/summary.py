@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dist_infer.model import native
-from dist_infer.sampling.noise import gumbel, row_keys
+from dist_infer.model.transfer import to_device
+from dist_infer.sampling.noise import noised, row_keys
 from dist_infer.sampling.processors import changes, process
 from dist_infer.sampling.ranking import best, log_sum, top
 from dist_infer.sampling.slots import NO_LOGPROBS, Rows, SlotParams, SlotTable
@@ -180,7 +181,7 @@ def summarize(logits: Tensor, layout: SummaryLayout, rows: Rows, table: SlotTabl
         summary.put("best_raw", raw.gather(1, index[:, None]))
     drawn = [r for r, p in enumerate(params) if rows.sampled(r) and not p.greedy]
     if drawn:
-        temperature = torch.tensor([params[r].temperature for r in drawn], dtype=torch.float32, device=logits.device)
+        temperature = to_device([params[r].temperature for r in drawn], logits.device, torch.float32)
         # A tensor of divisors: dividing by a number may become multiplying by its inverse, which rounds otherwise.
         scaled = pick(logits, drawn) / temperature[:, None]
         short = [i for i, r in enumerate(drawn) if shortlisted(params[r])]
@@ -202,7 +203,7 @@ def pick(values: Tensor, rows: list[int]) -> Tensor:
     """The given rows (ascending) of `values`; `values` itself when they are all of them."""
     if len(rows) == values.shape[0]:
         return values
-    return values[torch.tensor(rows, device=values.device)]
+    return values[to_device(rows, values.device)]
 
 
 class _Summary:
@@ -221,7 +222,7 @@ class _Summary:
         if rows is None or len(rows) == self.data.shape[0]:
             self.data[:, field] = values
         else:
-            self.data[torch.tensor(rows, device=self.data.device), field] = values
+            self.data[to_device(rows, self.data.device), field] = values
 
     def put_ids(self, name: str, index: Tensor, rows: list[int] | None = None) -> None:
         """Write the bits of token ids, given as indices into the slice; an absent one is an id of 0."""
@@ -235,7 +236,7 @@ def _raw_fields(summary: _Summary, logits: Tensor, rows: Rows) -> None:
     summary.put("raw_max", greatest)
     summary.put("raw_sum", total)
     if rows.targets is not None and layout.targets:
-        index = torch.tensor(rows.targets, device=logits.device)[:, None] - summary.first_token
+        index = to_device(rows.targets, logits.device)[:, None] - summary.first_token
         own = (index >= 0) & (index < logits.shape[1])
         found = logits.gather(1, index.clamp(0, logits.shape[1] - 1))
         summary.put("target", torch.where(own, found, float("-inf")))
@@ -257,13 +258,12 @@ def _short_fields(summary: _Summary, scaled: Tensor, raw: Tensor | None, at: lis
 def _noised_fields(summary: _Summary, scaled: Tensor, raw: Tensor | None, at: list[int], keys: np.ndarray) -> None:
     """The best noised tokens of rows that keep more than a shortlist."""
     vocab_local = scaled.shape[1]
-    ids = torch.arange(summary.first_token, summary.first_token + vocab_local, device=scaled.device)
-    noised = gumbel(keys, ids).add_(scaled)
+    total = noised(scaled, keys, summary.first_token)
     if summary.layout.noised == 1:
-        values, index = best(noised)
+        values, index = best(total)
         index = index[:, None]
     else:
-        values, index = noised.topk(min(summary.layout.noised, vocab_local), dim=1)
+        values, index = total.topk(min(summary.layout.noised, vocab_local), dim=1)
     summary.put("noised", values, at)
     summary.put_ids("noised_id", index, at)
     summary.put("noised_scaled", scaled.gather(1, index), at)
