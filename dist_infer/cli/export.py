@@ -20,7 +20,7 @@ from dist_infer.config.options import Options
 from dist_infer.distributed.launch import RankVariables
 from dist_infer.distributed.mesh import choose_mesh
 from dist_infer.distributed.world import World
-from dist_infer.engine.session import USER_ERRORS
+from dist_infer.engine.meeting import USER_ERRORS
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple
-from typing import Any
+from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dist_infer.config.options import Options
 from dist_infer.distributed.health import RankFailure
 from dist_infer.distributed.launch import RankVariables
-from dist_infer.distributed.mesh import Mesh, MeshShape, choose_mesh
+from dist_infer.distributed.mesh import Mesh
 from dist_infer.distributed.signals import Stopped, StopSignal
-from dist_infer.distributed.world import World
 from dist_infer.engine.blocks import BlockAllocator
 from dist_infer.engine.blueprint import Blueprint
 from dist_infer.engine.engine import Delta, Engine
+from dist_infer.engine.meeting import meet, plan_kv
 from dist_infer.engine.memory import KVPlan, free_bytes
 from dist_infer.engine.request import Request, Result
 from dist_infer.engine.resident import Resident
@@ -32,7 +28,6 @@ from dist_infer.engine.shared_work import SharedWork
 
 Sink = Callable[[list[Delta], list[Result]], None]
 Record = Callable[[list[Result]], None]
-USER_ERRORS = (ValueError, OSError)
 COLLECT_S = 0.1  # how often the conductor asks for other replicas' results while its own works
 
 
@@ -73,23 +68,23 @@ class Session:
         last_words: Callable[[RankFailure], None] | None = None,
         tolerant: bool = False,
     ) -> None:
-        self._alone = RankVariables.read() is None and not dist.is_initialized()
-        self.scripted = scripted and not self._alone  # ranks that we start ourselves serve until the end
-        self.may_exit = not scripted
+        alone = RankVariables.read() is None and not dist.is_initialized()
+        self.scripted = scripted and not alone  # ranks that we start ourselves serve until the end
         self._say = say or (lambda line: None)
         self._record = record or (lambda results: None)
-        self._stop, self._last_words, self._tolerant = stop or StopSignal(), last_words, tolerant
-        self.world, found, shape, why = self._meet(options, blueprint, check)
+        self._stop = stop or StopSignal()
+        met = meet(options, blueprint, check, alone, may_exit=not scripted, last_words=last_words, tolerant=tolerant)
+        self.world, found = met.world, met.blueprint
         try:
-            self.mesh = Mesh(self.world, shape, options.parallel)
+            self.mesh = Mesh(self.world, met.shape, options.parallel)
             if self.is_conductor:
                 if found.checkpoint is not None and found.checkpoint.note:
                     self._say(found.checkpoint.note)
                 for warning in found.generation.warnings:
                     self._say(f"generation_config.json: {warning}")
-                for line in (why, *self.mesh.notes):
+                for line in (met.why, *self.mesh.notes):
                     self._say(line)
-            self._load(found, weights)
+            self._load(found, weights, met.tolerant)
         except BaseException as error:
             self._leave(error)
             raise
@@ -204,83 +199,13 @@ class Session:
         """End the session; every rank calls this. With `error` the workers leave with it."""
         self._leave(error)
 
-    def _meet(
-        self, options: Options, make: Callable[[], Blueprint], check: Callable[[Blueprint], None] | None
-    ) -> tuple[World, Blueprint, MeshShape, str]:
-        """Check all that is cheap and meet the other ranks, in whichever order lets everyone hear of a mistake."""
-        found: tuple[Blueprint, MeshShape, str] | None = None
-        size, command = None, None
-        if self._alone:
-            found = self._check(make, check, None, 1, conductor=True)
-            size, command = found[1].size, [sys.executable, "-m", "dist_infer", "worker", json.dumps(options.to_json())]
-        world = World.join(options.parallel, options.device, size, command, may_exit=self.may_exit)
-        world.watchdog.last_words = self._last_words
-        try:
-            error: str | None = None
-            try:
-                found = found or self._check(make, check, world.size, world.local_size, conductor=world.rank == 0)
-            except USER_ERRORS as mistake:
-                error = str(mistake)
-            identity = found[0].checkpoint.identity if found is not None and found[0].checkpoint is not None else None
-            checked = world.exchange("checks", [error, astuple(found[1]) if found else None, identity, self._tolerant])
-        except BaseException:
-            world.close(failed=True)
-            raise
-        wrong = next((text if rank == 0 else f"rank {rank}: {text}" for rank, (text, *_) in enumerate(checked) if text is not None), None)
-        if wrong is None:
-            other = next((rank for rank, (_, _, there, _) in enumerate(checked) if there != checked[0][2]), None)
-            wrong = f"rank {other} finds another checkpoint than rank 0 does: is their file system the same?" if other is not None else None
-        if wrong is not None:
-            world.close()
-            raise ValueError(wrong)
-        assert found is not None
-        self._tolerant = checked[0][3]
-        # Free memory, which a mesh may depend on, differs from rank to rank: rank 0's choice counts.
-        return world, found[0], MeshShape(*checked[0][1]), found[2]
-
-    def _check(
-        self,
-        make: Callable[[], Blueprint],
-        check: Callable[[Blueprint], None] | None,
-        world_size: int | None,
-        ranks_per_node: int,
-        conductor: bool,
-    ) -> tuple[Blueprint, MeshShape, str]:
-        """All that can be known before ranks meet or weights are read."""
-        blueprint = make()
-        shape, why = self._shape(blueprint, world_size, ranks_per_node)
-        if conductor and check is not None:
-            check(blueprint)
-        return blueprint, shape, why
-
-    def _shape(self, blueprint: Blueprint, world_size: int | None, ranks_per_node: int) -> tuple[MeshShape, str]:
-        options = blueprint.options
-        model_bytes = blueprint.parameters * blueprint.dtype.itemsize
-        on_gpu = options.device != "cpu" and torch.cuda.is_available()
-        device = torch.device("cuda" if on_gpu else "cpu")
-        shape, why = choose_mesh(
-            options.parallel,
-            world_size,
-            ranks_per_node,
-            heads=blueprint.config.heads,
-            model_bytes=model_bytes,
-            free_bytes_per_rank=free_bytes(device, ranks_per_node),
-            accelerators=torch.cuda.device_count() if on_gpu else 0,
-        )
-        self._plan_kv(blueprint, shape, free_bytes(device, 1))  # too little memory is said before a weight is read
-        return shape, why
-
-    def _plan_kv(self, blueprint: Blueprint, shape: MeshShape, free: int) -> KVPlan:
-        engine, longest = blueprint.options.engine, blueprint.max_model_len
-        return KVPlan.make(blueprint.config, shape.tp, shape.fsdp, blueprint.dtype, engine, longest, free)
-
-    def _load(self, blueprint: Blueprint, weights: Mapping[str, Callable[[], Tensor]] | None) -> None:
+    def _load(self, blueprint: Blueprint, weights: Mapping[str, Callable[[], Tensor]] | None, tolerant: bool) -> None:
         """Weights, KV cache, and on the leader the engine."""
         options, device = blueprint.options, self.world.device
-        self.resident = Resident(blueprint, self.world, self.mesh, weights, self._tolerant)
+        self.resident = Resident(blueprint, self.world, self.mesh, weights, tolerant)
         decoder = self.resident.shard.decoder
         free = min(self.world.exchange("free memory", free_bytes(device, self.world.local_size)))
-        plan = self._plan_kv(blueprint, self.mesh.shape, free)
+        plan = plan_kv(blueprint, self.mesh.shape, free)
         if self.is_conductor:
             self._say(plan.note)
             if plan.max_model_len < blueprint.max_model_len:
@@ -374,8 +299,16 @@ class Session:
         if self.scripted:
             self.engine.release()
 
-    def _guarded(self) -> _Guard:
-        return _Guard(self.world)
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Turns what is raised inside into the world's first error."""
+        try:
+            yield
+        except Exception as error:
+            explained = self.world.watchdog.explain(error)
+            if explained is error:
+                raise
+            raise explained from error
 
     def _leave(self, error: BaseException | None) -> None:
         """Leave the world, telling workers why when something went wrong."""
@@ -392,19 +325,3 @@ class Session:
         if hasattr(self, "mesh") and not failed:
             self.mesh.close()
         self.world.close(failed=failed)
-
-
-class _Guard:
-    """Turns whatever a rank raises into the world's first error."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception):
-            explained = self.world.watchdog.explain(error)
-            if explained is not error:
-                raise explained from error

@@ -21,6 +21,7 @@ from dist_infer.engine.cluster import Cluster, Link, Rates
 from dist_infer.engine.footprint import Footprint, TensorCut
 from dist_infer.engine.forecast import Planner
 from dist_infer.engine.memory import GIB, KVPlan
+from dist_infer.engine.runner import FIRST_PART
 from dist_infer.engine.session import Session
 from dist_infer.engine.step_time import LEADER_S, SEQUENCE_S, Spans, StepTime
 from dist_infer.engine.traffic import REMOTE_CONTROL_S, Collective, collectives, seconds
@@ -202,6 +203,19 @@ def test_collectives_by_hand() -> None:
     control = Collective("gather", "control", 2, 100, "")
     assert seconds(control, MeshShape(1, 2, 2), CLUSTER, 4) == 2 * CLUSTER.control
     assert seconds(control, MeshShape(1, 2, 4), CLUSTER, 4) == 2 * REMOTE_CONTROL_S
+
+
+def test_what_a_step_says_by_hand() -> None:
+    """A step of many tokens goes in two parts, and a scored row is told with five numbers."""
+
+    def sizes(kind: str, lengths: list[int], targets: bool) -> list[int]:
+        said = collectives(TensorCut.of(CONFIG, 2), MeshShape(1, 1, 2), BF16, lengths, SlotParams(), targets)
+        return [one.bytes for one in said if one.kind == kind]
+
+    first, rest = sizes("broadcast", [5000], False)
+    assert first == 4 * FIRST_PART and 4 * 5000 < first + rest < 4 * 5100
+    assert sizes("broadcast", [2000], False) == [first]
+    assert sizes("gather", [10] * 3, True) == [4 * 5 * 3]
 
 
 def test_the_leader_works_while_ranks_compute_where_steps_overlap() -> None:

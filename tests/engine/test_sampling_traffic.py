@@ -10,7 +10,9 @@ import pytest
 from dist_infer.config.options import read_options
 from dist_infer.engine.blueprint import Blueprint
 from dist_infer.engine.request import Request
+from dist_infer.engine.runner import FIRST_PART
 from dist_infer.engine.session import Session
+from dist_infer.model.weights import cut
 from tests.distributed.counting import Call, counted_calls
 from tests.engine.jobs import FLOAT32, request
 from tests.engine.references import make_model
@@ -29,6 +31,7 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "5 logprobs": ({"logprobs": 5}, 5 + 2 * 5),
     "scoring": ({}, 5),
 }
+FILTERED = "top-k 100", "top-p 0.95"  # whose summaries leave a row open now and then
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +76,14 @@ def usual_answer(calls: list[Call]) -> int:
 @pytest.mark.parametrize("tp", [2, 4])
 def test_answers_grow_with_the_rows_not_with_the_vocabulary(ranks: Ranks, models: list[str], tp: int) -> None:
     """Only a row that its summary leaves open is sent whole, when the leader asks for it."""
-    for path, requests in zip(models, (3, 5), strict=True):
+    for path, vocabulary, requests in zip(models, VOCABULARIES, (3, 5), strict=True):
         for calls in ranks(tp).run(count, path, tp, requests):
             for kind, (_, width) in KINDS.items():
                 rows = requests * (LENGTH if kind == "scoring" else 1)
                 assert usual_answer(calls[kind]) == 4 * width * rows, kind
+                whole = [call.bytes for call in calls[kind] if call.kind == "gather" and call.bytes != 4 * width * rows]
+                assert len(whole) <= (kind in FILTERED), f"{kind}: rows are sent whole"
+                assert all(size % (2 * 4 * cut(vocabulary, tp, 0)[1]) == 0 for size in whole)
                 summed = {call.shape[-1] for call in calls[kind] if call.kind == "all_reduce"}
                 assert summed == {HIDDEN}, "something else than hidden states is summed"
+                assert {call.bytes for call in calls[kind] if call.kind == "broadcast"} == {4 * FIRST_PART}, "more than steps is sent"
