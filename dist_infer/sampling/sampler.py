@@ -162,11 +162,6 @@ def resolve(processed: Tensor, raw: Tensor | None, params: SlotParams, position:
     return Resolved(token, float(logits[token] - logits.logsumexp(0)))
 
 
-def join(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """Full rows [n, planes, V] from what `HeldRows.take` gave on each tp rank; sizes are those of the vocabulary slices."""
-    return torch.cat([part[:, :, :size] for part, size in zip(parts, sizes, strict=True)], dim=2)
-
-
 def _noise(params: Sequence[SlotParams], positions: Sequence[int], ids: np.ndarray) -> np.ndarray:
     """Noise of `ids` ([n], or [rows, n]) in each row."""
     keys = row_keys([p.seed for p in params], [p.sequence for p in params], positions)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_infer.model.weights import cut
 from dist_infer.sampling.noise import gumbel, row_keys
-from dist_infer.sampling.sampler import Decisions, decide, join, resolve
+from dist_infer.sampling.sampler import Decisions, decide, resolve
 from dist_infer.sampling.slots import Rows, SlotParams, SlotTable
 from dist_infer.sampling.summary import SummaryLayout, summarize
 
@@ -75,7 +75,8 @@ def run_sharded(
     decisions = decide(layout, summaries, params, positions, targets)
     tokens = list(decisions.tokens)
     sizes = [stop - start for start, stop in slices]
-    full = join([rows.take(decisions.unresolved, max(sizes)) for rows in held], sizes)
+    parts = [rows.take(decisions.unresolved, max(sizes))[:, :, :size] for rows, size in zip(held, sizes, strict=True)]
+    full = torch.cat(parts, dim=2)
     for row, planes in zip(decisions.unresolved, full, strict=True):
         resolved = resolve(planes[0], planes[1] if layout.raw else None, params[row], positions[row])
         tokens[row] = resolved.token
