@@ -10,6 +10,7 @@ The segment never has a name: rank 0 makes it, the others open it through rank 0
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import secrets
@@ -30,8 +31,26 @@ TOKEN = 16  # bytes that prove that two ranks opened the same segment
 VIEWS = 512  # tensor shapes whose views are remembered
 
 SPIN_CHECKS = 400  # of the flag before the first yield, about 20 us
+LENT_CHECKS = 20  # of compiled code to one of these
 YIELD_S = 1e-3  # how long to yield before sleeping
 SLEEP_S = 1.5e-4  # and the kernel adds 50 us
+
+
+class Segment(ctypes.Structure):
+    """A segment as compiled code sees it (`native.cpp`), which makes sums by the same rules.
+
+    Attributes:
+        flags: Address of the flags; `line` of them are one rank's.
+        slots: Address of the slots; each is of `slot` bytes.
+        checks: How often it looks for late ranks before it returns.
+        sequence: The operation that this rank has posted last.
+        posted: Whether its sum is still to be made.
+    """
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("flags", "slots")),
+        *((name, ctypes.c_int64) for name in ("rank", "ranks", "slot", "line", "checks", "sequence", "posted")),
+    ]
 
 
 class SharedMemory(Communicator):
@@ -55,6 +74,8 @@ class SharedMemory(Communicator):
         self._mine = rank * LINE
         self._peers = tuple(peer * LINE for peer in range(self.size) if peer != rank)
         self._memory = torch.frombuffer(segment, dtype=torch.uint8, offset=_header(self.size))
+        slots = self._memory.data_ptr()
+        self._lent = Segment(slots - _header(self.size), slots, rank, self.size, SLOT, LINE, self._spin * LENT_CHECKS, 0, 0)
         self._views: dict[tuple[torch.Size, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         self._sums: dict[torch.Size, Tensor] = {}
         self._sequence = 0
@@ -139,6 +160,19 @@ class SharedMemory(Communicator):
         self._views.clear()
         self._flags.release()
         self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def lend(self) -> Segment:
+        """The segment, for compiled code to make sums in until this communicator is used again; every rank does likewise."""
+        if self._error:
+            raise self._error
+        self._wait_all(self._sequence)
+        self._lent.sequence, self._lent.posted = self._sequence, False
+        return self._lent
+
+    def wait_as_lent(self) -> None:
+        """Wait for the ranks that compiled code had no more patience with; whenever it has returned."""
+        self._sequence = self._lent.sequence
+        self._wait_all(self._sequence)
 
     def _new_views(self, tensor: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
         """Each rank's slot in either half, seen as `tensor`'s shape and type; None if it is larger than a slot."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from dist_infer.model.layers import (
 )
 from dist_infer.model.moe import Experts, MoE
 from dist_infer.model.native import Kernels
+from dist_infer.model.native_blocks import NativeBlocks, fits
 from dist_infer.model.rotary import Rotary, no_rotation
 from dist_infer.model.weights import HeadCut, cut
 
@@ -93,6 +95,7 @@ class Decoder(Layer):
         self.embedding = VocabularyParallelEmbedding(self.vocabulary, config.hidden_size, tp)
         self.positions = PositionEmbedding(config.max_position, config.hidden_size) if config.learned_positions else None
         self.blocks = nn.ModuleList(Block(config, layer, tp, device) for layer in range(config.layers))
+        self._native: NativeBlocks | None = None
         self.norm = make_norm(config)
         self.head = Linear(config.hidden_size, self.vocabulary[1] - self.vocabulary[0], bias=False)
         if config.tied_head:
@@ -107,6 +110,7 @@ class Decoder(Layer):
 
     def use(self, kernels: Kernels | None) -> None:
         """Let the layers compute with `kernels` where they can."""
+        self._native = None
         for module in self.modules():
             if isinstance(module, Attention | RMSNorm | Linear | Experts):
                 module.kernels = kernels
@@ -122,16 +126,29 @@ class Decoder(Layer):
         """
         x = self._embed(batch)
         angles = {rotation: self._angles(rotation, batch, x.dtype) for rotation in set(self.rotations)}
-        delta = None
+        turns = [angles[rotation] for rotation in self.rotations]
+        delta, done, layers = None, 0, len(self.blocks)
+        # Of the last layer nobody reads more than the wanted rows, once its keys and values are in the cache.
         wanted_rows = batch.logit_rows if len(batch.logit_rows) < len(x) else None
-        last = len(self.rotations) - 1
-        for layer, (block, rotation) in enumerate(zip(self.blocks, self.rotations, strict=True)):
-            # Of the last layer nobody reads more than the wanted rows, once its keys and values are in the cache.
-            x, delta = block(x, delta, *angles[rotation], cache, batch.attention, wanted_rows if layer == last else None)
+        native = self._native_blocks() if len(x) else None
+        if native is not None:
+            done = layers if wanted_rows is None else layers - 1
+            delta = native.run(x, turns[:done], cache, batch.attention) if done else None
+        for layer in range(done, layers):
+            x, delta = self.blocks[layer](x, delta, *turns[layer], cache, batch.attention, wanted_rows if layer == layers - 1 else None)
         assert delta is not None, "a model of no layers"
         wanted = self.norm.after(x, delta)
         for start in range(0, len(wanted), LOGIT_ROWS):
             reduce(self._scaled(self.head(wanted[start : start + LOGIT_ROWS]).float()), start)
+
+    def _native_blocks(self) -> NativeBlocks | None:
+        """The blocks as compiled code computes them, as long as their weights are packed; None where some are of another kind."""
+        blocks, kernels = cast("Sequence[Block]", self.blocks), self.head.kernels
+        if self._native is None or not self._native.stand_for(blocks):
+            self._native = None
+            if kernels is not None and len(blocks) and all(map(fits, blocks)):
+                self._native = NativeBlocks(blocks, self.embedding.tp, kernels)
+        return self._native
 
     def _embed(self, batch: Batch) -> Tensor:
         """The residual stream as it begins, [tokens, hidden]."""

@@ -26,7 +26,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Linear(Layer):
-    """A projection of this rank's slice: `weight` [outputs, inputs], optional `bias` [outputs]."""
+    """A projection of this rank's slice: `weight` [outputs, inputs], optional `bias` [outputs].
+
+    Attributes:
+        packed: The product with the packed weight, once there is one.
+    """
 
     kernels: Kernels | None = None
 
@@ -35,7 +39,7 @@ class Linear(Layer):
         self.inputs, self.outputs = inputs, outputs
         self.weight = nn.Parameter(torch.empty(outputs, inputs), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(outputs), requires_grad=False) if bias else None
-        self._packed: PackedProduct | None = None
+        self.packed: PackedProduct | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, inputs] -> [tokens, outputs]."""
@@ -43,8 +47,8 @@ class Linear(Layer):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x times the weight, plus `bias`."""
-        if self._packed is not None:
-            return self._packed(x, bias)
+        if self.packed is not None:
+            return self.packed(x, bias)
         return F.linear(x, self.weight, bias)
 
     def pack(self, keep_weight: bool) -> None:
@@ -56,34 +60,38 @@ class Linear(Layer):
         self._use(packed_product(self.weight.detach(), self.kernels), keep_weight)
 
     def _use(self, product: PackedProduct | None, keep_weight: bool) -> None:
-        self._packed = product
+        self.packed = product
         if product is not None and not keep_weight:
             self.weight = nn.Parameter(torch.empty(0, self.inputs, dtype=self.weight.dtype), requires_grad=False)
 
     def unpack(self) -> None:
         """Let go of the packed weight, and make room for a plain one to be filled."""
-        self._packed = None
+        self.packed = None
         if not len(self.weight):
             self.weight = nn.Parameter(torch.empty(self.outputs, self.inputs, dtype=self.weight.dtype), requires_grad=False)
 
 
 class GatedLinear(Linear):
-    """A projection to a gate and to what it gates, stacked: `weight` [2 * outputs, inputs]; the product of activated gate and the other."""
+    """A projection to a gate and to what it gates, stacked: `weight` [2 * outputs, inputs]; the product of activated gate and the other.
+
+    Attributes:
+        gates_itself: Whether the packed product does.
+    """
 
     def __init__(self, inputs: int, outputs: int, bias: bool, activation: str) -> None:
         super().__init__(inputs, 2 * outputs, bias)
         self.activation = activation
-        self._gates_itself = False  # the packed product
+        self.gates_itself = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, inputs] -> [tokens, outputs]."""
         gate_up = self.product(x, self.bias)
-        return gate_up if self._gates_itself else gated(gate_up, self.activation, self.kernels)
+        return gate_up if self.gates_itself else gated(gate_up, self.activation, self.kernels)
 
     def pack(self, keep_weight: bool) -> None:
         """As `Linear`; with the gate in the same pass where there is such a product."""
         product = packed_gated_product(self.weight.detach(), self.kernels) if self.activation == "silu" else None
-        self._gates_itself = product is not None
+        self.gates_itself = product is not None
         if product is None:
             super().pack(keep_weight)
         else:
@@ -91,7 +99,7 @@ class GatedLinear(Linear):
 
     def unpack(self) -> None:
         """As `Linear`."""
-        self._gates_itself = False
+        self.gates_itself = False
         super().unpack()
 
 

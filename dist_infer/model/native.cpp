@@ -1,7 +1,7 @@
-// The small operations of a decoder layer on CPU, each one pass over memory: residual and norm, rotation and cache write,
-// attention of one-token spans over the paged cache, gated activation; and, for processors that multiply bfloat16 in vectors,
-// matrix products. Beside them, noise, histograms and greatest tokens for sampling, and reads of many short runs of a file. `native.py` builds and calls this file; what it computes is what
-// the eager operations beside each call compute. Everything inside is float32.
+// The small operations of a decoder layer on CPU, each one pass over memory: residual and norm, rotation and cache write, attention over the
+// paged cache, gated activation; and, for processors that multiply bfloat16 in vectors, matrix products, and layers as a whole made of all
+// these. Beside them, noise, histograms and greatest tokens for sampling, and reads of many short runs of a file. `native.py` builds and
+// calls this file; what it computes is what the eager operations beside each call compute. Everything inside is float32.
 
 #include <algorithm>
 #include <cerrno>
@@ -95,7 +95,7 @@ inline Lanes exponential(Lanes x) {
 
 template <class T>
 void add_rms_norm(T* x, const T* delta, const T* weight, T* out, int64_t rows, int64_t size, float eps, float offset) {
-#pragma omp parallel for if (rows * size > 32768)
+#pragma omp parallel for if (rows * size > 16384)
     for (int64_t row = 0; row < rows; row++) {
         T* xs = x + row * size;
         const T* deltas = delta + row * size;
@@ -119,14 +119,14 @@ template <class T>
 void place_head(const T* from, T* to, const T* weight, const T* cos, const T* sin, int64_t head_dim, int64_t rotated, float eps,
                 float offset) {
     float x[head_dim];
-    float squares = 0;
+    Lanes squares = {};
     for (int64_t i = 0; i < head_dim; i += WIDTH) {
         Lanes value = load(from + i, head_dim - i);
-        squares += sum(value * value);
+        squares += value * value;
         store(x + i, value, head_dim - i);
     }
     if (weight) {
-        float factor = 1.0f / __builtin_sqrtf(squares / head_dim + eps);
+        float factor = 1.0f / __builtin_sqrtf(sum(squares) / head_dim + eps);
         for (int64_t i = 0; i < head_dim; i += WIDTH) {
             T rounded[WIDTH];  // as a norm's output is, before the rotation
             store(rounded, load(x + i, head_dim - i) * factor * (load(weight + i, head_dim - i) + offset));
@@ -225,6 +225,7 @@ template <class T> struct Units {
 template <class T> inline Lanes units_of(const T* from, float) { return load(from); }
 template <class T> inline Lanes units_of(const T* from, int64_t count, float) { return load(from, count); }
 inline Lanes beside(Lanes row, Lanes, float) { return row; }
+template <class T> inline int64_t beside(const T*, const T*, int64_t, float*) { return 0; }
 inline Lanes add_products(Lanes sum, const float* units, float x) { return sum + load(units) * x; }
 
 #ifdef __AVX512BF16__
@@ -240,6 +241,20 @@ inline Lanes units_of(const bfloat16* from, int64_t count, uint32_t) {
 }
 // Of two rows, each number beside the other row's.
 inline Lanes beside(Lanes row, Lanes next, uint32_t) { return (Lanes)(((Words)row >> 16) | (Words)next); }
+// The same of up to `count` numbers, as many as fill registers; returns how many.
+inline int64_t beside(const bfloat16* row, const bfloat16* next, int64_t count, uint32_t* to) {
+    // Numbers of the first row, and of the second, by turns: from the first half of both, and from the other half.
+    const __m512i turns = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,  //
+                                           39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i others = _mm512_add_epi16(turns, _mm512_set1_epi16(WIDTH));
+    int64_t i = 0;
+    for (; i + 2 * WIDTH <= count; i += 2 * WIDTH) {
+        __m512i a = _mm512_loadu_si512(row + i), b = _mm512_loadu_si512(next + i);
+        _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(a, turns, b));
+        _mm512_storeu_si512(to + i + WIDTH, _mm512_permutex2var_epi16(a, others, b));
+    }
+    return i;
+}
 inline Lanes add_products(Lanes sum, const uint32_t* units, uint32_t x) {
     return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(units), (__m512bh)_mm512_set1_epi32(x));
 }
@@ -286,6 +301,21 @@ template <class T> struct Scratch {
     ~Scratch() { free(scores); }
 };
 
+// Asks memory early for tokens of a head, at `places` of the cache, some at a time.
+template <class T> struct Ahead {
+    const T *keys, *values;
+    const int64_t* places;
+    int64_t head_dim, next = 0;
+
+    void ask(int64_t tokens) {
+        for (; tokens-- && next < KEYS && places[next] >= 0; next++)
+            for (int64_t dim = 0; dim < head_dim; dim += 64 / (int64_t)sizeof(T)) {
+                __builtin_prefetch(keys + places[next] + dim, 0, 2);
+                __builtin_prefetch(values + places[next] + dim, 0, 2);
+            }
+    }
+};
+
 // A sequence in the cache.
 template <class T> struct Held {
     const T *keys, *values;
@@ -294,28 +324,23 @@ template <class T> struct Held {
 
     // Where each of KEYS tokens of a head lies, from `first` on; -1 beyond the last.
     void places(int64_t head, int64_t first, int64_t* to) const {
-        int64_t block = first / block_size, slot = first % block_size;
-        for (int64_t i = 0; i < KEYS; i++) {
-            to[i] = first + i < context ? table[block] * block_stride + head * head_stride + slot * head_dim : -1;
-            if (++slot == block_size) slot = 0, block++;
+        int64_t count = std::min(KEYS, context - first), i = 0;
+        for (int64_t block = first / block_size, slot = first % block_size; i < count; block++, slot = 0) {
+            int64_t at = table[block] * block_stride + head * head_stride + slot * head_dim, stop = std::min(count, i + block_size - slot);
+            for (; i < stop; i++, at += head_dim) to[i] = at;
         }
+        for (; i < KEYS; i++) to[i] = -1;
     }
 
-    // Bring tokens into the scratch, zeros beyond the last: keys unit by unit, values key by key. Memory is asked early for what is read
-    // next, in `next` at places `later`.
-    void read(const int64_t* at, int64_t tiles, int64_t lanes, Scratch<T>& s, const Held& next, const int64_t* later) const {
+    // Bring tokens into the scratch, zeros beyond the last: keys unit by unit, values key by key.
+    void read(const int64_t* at, int64_t tiles, int64_t lanes, Scratch<T>& s, Ahead<T>& ahead) const {
         typedef typename Units<T>::Unit Unit;
         constexpr int64_t size = Units<T>::SIZE;
         int64_t units = (head_dim + size - 1) / size, dims = lanes * WIDTH;
-        for (int64_t key = 0; key < KEYS; key += WIDTH) {
-            for (int64_t row = key; row < key + WIDTH && later[row] >= 0; row++)
-                for (int64_t dim = 0; dim < head_dim; dim += 64 / (int64_t)sizeof(T)) {
-                    __builtin_prefetch(next.keys + later[row] + dim, 0, 2);
-                    __builtin_prefetch(next.values + later[row] + dim, 0, 2);
-                }
-            if (key >= tiles * WIDTH) continue;
+        for (int64_t key = 0; key < tiles * WIDTH; key += WIDTH) {
             bool full = at[key + WIDTH - 1] >= 0;
             for (int64_t unit = 0; unit < units; unit += WIDTH) {
+                ahead.ask(2);
                 Ints x[WIDTH];
                 if (full && unit + WIDTH <= units)
 #pragma GCC unroll 16
@@ -327,8 +352,9 @@ template <class T> struct Held {
 #pragma GCC unroll 16
                 for (int i = 0; i < WIDTH; i++) memcpy(s.keys + (unit + i) * KEYS + key, &x[i], sizeof x[i]);
             }
-            for (int64_t row = key; row < key + WIDTH; row += size)
-                for (int64_t dim = 0; dim < dims; dim += WIDTH) {
+            for (int64_t row = key; row < key + WIDTH; row += size) {
+                int64_t dim = full && size > 1 ? beside(values + at[row], values + at[row + 1], head_dim, s.values + row / size * dims) : 0;
+                for (; dim < dims; dim += WIDTH) {
                     auto value = [&](int64_t of) {
                         if (full && dim + WIDTH <= head_dim) return load(values + at[of] + dim);
                         return at[of] < 0 ? Lanes{} : load(values + at[of] + dim, head_dim - dim);
@@ -336,6 +362,7 @@ template <class T> struct Held {
                     Lanes both = size == 1 ? value(row) : beside(value(row), value(row + 1), Unit());
                     memcpy(s.values + row / size * dims + dim, &both, sizeof both);
                 }
+            }
         }
     }
 };
@@ -370,12 +397,16 @@ void weigh(int64_t row, int64_t first, int64_t tiles, int64_t begin, int64_t end
 
 template <int rows, class T>
 void attend_rows(int64_t row, int64_t first, int64_t tiles, int64_t units, int64_t lanes, const int64_t* begins, const int64_t* ends, float scale,
-                 float softcap, Scratch<T>& s) {
+                 float softcap, Scratch<T>& s, Ahead<T>& ahead) {
     constexpr int64_t keys = KEYS / Units<T>::SIZE;
     int64_t dims = lanes * WIDTH;
     for (int64_t i = row * TILES; i < (row + rows) * TILES; i++) s.scores[i] = Lanes{};
     add_product<rows, TILES>(s.queries + row * dims, dims, s.keys, KEYS, units, s.scores + row * TILES, TILES);
-    for (int64_t i = row; i < row + rows; i++) weigh<T>(i, first, tiles, begins[i], ends[i], lanes, scale, softcap, s);
+    ahead.ask(8);
+    for (int64_t i = row; i < row + rows; i++) {
+        weigh<T>(i, first, tiles, begins[i], ends[i], lanes, scale, softcap, s);
+        ahead.ask(8);
+    }
     int64_t lane = 0, used = tiles * WIDTH / Units<T>::SIZE;
     for (; lane + 4 <= lanes; lane += 4)
         add_product<rows, 4>(s.weights + row * keys, keys, s.values + lane * WIDTH, dims, used, s.mixed + row * lanes + lane, lanes);
@@ -433,15 +464,18 @@ template <class T> void attend(const Job<T>& job, const Piece& piece, const Held
             if (head + 1 < piece.last_head) held.places(head + 1, first, places[turn ^ 1]);
             else if (here) held.places(piece.head, first + KEYS, places[turn ^ 1]);
             else next_held.places(next.head, next.begin(job.window) / KEYS * KEYS, places[turn ^ 1]);
-            held.read(places[turn], tiles, lanes, s, here ? held : next_held, places[turn ^ 1]);
+            const Held<T>& later = here ? held : next_held;
+            Ahead<T> ahead{later.keys, later.values, places[turn ^ 1], head_dim};
+            held.read(places[turn], tiles, lanes, s, ahead);
             row = (job.groups[head] - base) * piece.count;
             int64_t end = (job.groups[head + 1] - base) * piece.count;
             for (; row < end && ends[row] <= first; row++) {}  // these see nothing here
             for (; row + TOGETHER <= end; row += TOGETHER)
-                attend_rows<TOGETHER, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s);
-            if (end - row == 3) attend_rows<3, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s);
-            if (end - row == 2) attend_rows<2, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s);
-            if (end - row == 1) attend_rows<1, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s);
+                attend_rows<TOGETHER, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s, ahead);
+            if (end - row == 3) attend_rows<3, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s, ahead);
+            if (end - row == 2) attend_rows<2, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s, ahead);
+            if (end - row == 1) attend_rows<1, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s, ahead);
+            ahead.ask(KEYS);
         }
     }
     for (row = 0; row < rows; row++)
@@ -580,7 +614,9 @@ void histogram(const float* x, const float* greatest, double* masses, double* co
 // A packed matrix: panels of 32 outputs, in each the inputs two by two, [panels, pairs, PANEL] pairs of bfloat16. Of a *gated* one a panel is
 // 16 outputs of the gate, the upper half of the matrix, and the same 16 of what it is multiplied with.
 constexpr int64_t PANEL = 2 * WIDTH;
-constexpr int64_t TILE = 12;  // rows whose sums fill the registers
+constexpr int64_t PART = 256;  // pairs of inputs that one thread packs at a time
+constexpr int64_t TILE = 12;   // rows whose sums fill the registers
+constexpr int FEW = 5;         // rows whose products take no longer than a line takes from memory to the nearest cache
 
 // Elements 2 * pair and 2 * pair + 1 of a row; zero beyond its end.
 inline uint32_t pair_of(const bfloat16* row, int64_t pair, int64_t size) {
@@ -605,20 +641,20 @@ void pack_matrix(const bfloat16* weight, uint32_t* packed, int64_t outputs, int6
         }
 }
 
-// `rows` rows of x to [pairs, rows].
-void pack_rows(const bfloat16* x, int64_t inputs, int64_t rows, uint32_t* packed) {
-    int64_t pairs = (inputs + 1) / 2, pair = 0;
-    for (; 2 * (pair + WIDTH) <= inputs; pair += WIDTH) {
+// Of `rows` rows of x the pairs from `pair` to `end`, to their places in [pairs, rows].
+void pack_rows(const bfloat16* x, int64_t inputs, int64_t rows, int64_t pair, int64_t end, uint32_t* packed) {
+    for (; pair + WIDTH <= end && 2 * (pair + WIDTH) <= inputs; pair += WIDTH) {
         Ints block[WIDTH] = {};
         for (int64_t row = 0; row < rows; row++) memcpy(&block[row], x + row * inputs + 2 * pair, sizeof block[row]);
         transpose(block);
         for (int i = 0; i < WIDTH; i++) _mm512_mask_storeu_epi32(packed + (pair + i) * rows, (1 << rows) - 1, (__m512i)block[i]);
     }
-    for (; pair < pairs; pair++)
+    for (; pair < end; pair++)
         for (int64_t row = 0; row < rows; row++) packed[pair * rows + row] = pair_of(x + row * inputs, pair, inputs);
 }
 
-// `rows` packed rows of x times one panel. Memory is asked for the panel `near` words ahead and, a step of `stride` words for each pair, for `far`.
+// `rows` packed rows of x times one panel. Memory is asked for the panel `near` words ahead, into the nearest cache, and for `far`, into the
+// one behind it: `stride` words for each pair, unless rows are few.
 template <int rows, bool gated>
 void multiply_tile(const uint32_t* x, const uint32_t* panel, int64_t pairs, int64_t near, const uint32_t* far, int64_t stride, const float* bias,
                    bfloat16* y, int64_t y_stride, int64_t columns) {
@@ -627,7 +663,8 @@ void multiply_tile(const uint32_t* x, const uint32_t* panel, int64_t pairs, int6
     for (int64_t pair = 0; pair < pairs; pair++, panel += PANEL, x += rows, far += stride) {
         __builtin_prefetch(panel + near);
         __builtin_prefetch(panel + near + WIDTH);
-        __builtin_prefetch(far, 0, 2);
+        if (rows > FEW)
+            for (int64_t word = 0; word < stride; word += WIDTH) __builtin_prefetch(far + word, 0, 2);
         for (int row = 0; row < rows; row++) {
             sums[row][0] = add_products(sums[row][0], panel, x[row]);
             sums[row][1] = add_products(sums[row][1], panel + WIDTH, x[row]);
@@ -649,20 +686,32 @@ const Tile TILES_OF[TILE] = {multiply_tile<1, gated>, multiply_tile<2, gated>,  
                              multiply_tile<5, gated>, multiply_tile<6, gated>,  multiply_tile<7, gated>,  multiply_tile<8, gated>,
                              multiply_tile<9, gated>, multiply_tile<10, gated>, multiply_tile<11, gated>, multiply_tile<12, gated>};
 
+// This and the structures below are laid out as in `native_blocks.py`. `most`: rows that are multiplied together.
+struct Matrix {
+    const uint32_t* packed;
+    const bfloat16* bias;
+    int64_t outputs, inputs, most;
+};
+
 // `most` rows of x at a time are packed, into the scratch, which stays in the cache while the panels pass by.
-template <bool gated>
-void multiply(const bfloat16* x, const uint32_t* packed, const bfloat16* bias, bfloat16* y, uint32_t* scratch, int64_t rows, int64_t outputs,
-              int64_t inputs, int64_t most) {
+template <bool gated> void multiply(const bfloat16* x, const Matrix& matrix, bfloat16* y, uint32_t* scratch, int64_t rows) {
+    const uint32_t* packed = matrix.packed;
+    const bfloat16* bias = matrix.bias;
+    int64_t outputs = matrix.outputs, inputs = matrix.inputs, most = matrix.most;
     constexpr int64_t wide = gated ? WIDTH : PANEL;  // results of a panel
-    int64_t pairs = (inputs + 1) / 2, width = gated ? outputs / 2 : outputs, panels = (width + wide - 1) / wide;
+    int64_t pairs = (inputs + 1) / 2, parts = (pairs + PART - 1) / PART;
+    int64_t width = gated ? outputs / 2 : outputs, panels = (width + wide - 1) / wide;
 #pragma omp parallel
     for (int64_t first = 0; first < rows; first += most) {
         int64_t count = rows - first < most ? rows - first : most, tiles = (count + TILE - 1) / TILE;
         auto begin = [=](int64_t tile) { return tile * (count / tiles) + std::min(tile, count % tiles); };  // as equal as they go
 #pragma omp for
-        for (int64_t tile = 0; tile < tiles; tile++)
-            pack_rows(x + (first + begin(tile)) * inputs, inputs, begin(tile + 1) - begin(tile), scratch + begin(tile) * pairs);
-#pragma omp for
+        for (int64_t part = 0; part < tiles * parts; part++) {
+            int64_t tile = part / parts, from = part % parts * PART;
+            pack_rows(x + (first + begin(tile)) * inputs, inputs, begin(tile + 1) - begin(tile), from, std::min(from + PART, pairs),
+                      scratch + begin(tile) * pairs);
+        }
+#pragma omp for schedule(guided, 2) nowait
         for (int64_t panel = 0; panel < panels; panel++) {
             const uint32_t *this_one = packed + panel * pairs * PANEL, *next = this_one + pairs * PANEL;
             float added[PANEL] = {};
@@ -673,26 +722,131 @@ void multiply(const bfloat16* x, const uint32_t* packed, const bfloat16* bias, b
                 memcpy(added + column, &bits, sizeof bits);
             }
             for (int64_t tile = 0; tile < tiles; tile++) {
-                // A lone tile runs at the speed of memory. Of more, the first two bring half of the next panel each.
-                bool alone = tiles == 1, bringing = !alone && tile < 2 && panel + 1 < panels;
-                TILES_OF<gated>[begin(tile + 1) - begin(tile) - 1](
-                    scratch + begin(tile) * pairs, this_one, pairs, (alone ? 64 : 8) * PANEL, bringing ? next + tile * pairs * WIDTH : this_one,
-                    bringing ? WIDTH : 0, added, y + (first + begin(tile)) * width + panel * wide, width, width - panel * wide);
+                int64_t size = begin(tile + 1) - begin(tile), near = 16 * PANEL, stride = 0;
+                const uint32_t* far = nullptr;
+                if (tiles > 1 && tile < 2 && panel + 1 < panels) far = next + tile * pairs * WIDTH, stride = WIDTH;  // each half of the next panel
+                // A lone tile runs at the speed of memory, which the nearest cache alone keeps up only while the products are soon done.
+                if (tiles == 1 && size <= FEW) near = 64 * PANEL;
+                if (tiles == 1 && size > FEW) near = 0, far = this_one + 64 * PANEL, stride = PANEL;
+                TILES_OF<gated>[size - 1](scratch + begin(tile) * pairs, this_one, pairs, near, far, stride, added,
+                                          y + (first + begin(tile)) * width + panel * wide, width, width - panel * wide);
             }
         }
+        if (first + count < rows) {
+#pragma omp barrier  // the scratch is in use
+        }
     }
+}
+
+struct Layer {
+    Matrix qkv, output, gate_up, down;
+    const bfloat16 *attention_norm, *mlp_norm, *q_norm, *k_norm;
+    const int32_t* groups;
+    int64_t heads, kv_heads, head_dim, window;
+    float attention_eps, attention_offset, mlp_eps, mlp_offset, head_eps, head_offset, scale, softcap;
+};
+
+// What a layer reads of the step: the pools of the cache, cos and sin of the tokens and of how many numbers of a head.
+struct Reads {
+    bfloat16 *keys, *values;
+    const bfloat16 *cos, *sin;
+    int64_t rotated;
+};
+
+struct Step {
+    const Layer* layers;
+    const Reads* reads;
+    bfloat16 *x, *delta, *normed, *qkv, *mixed, *gated;  // [tokens, ...]
+    uint32_t* scratch;
+    const int64_t* slots;
+    const int32_t *offsets, *contexts, *tables;
+    int64_t tokens, hidden, block_size, spans, table_width;
+};
+
+// The segment of `shared_memory.py`, by whose rules sums are made here.
+struct Segment {
+    int64_t* flags;
+    char* slots;
+    int64_t rank, ranks, slot, line, checks, sequence, posted;
+
+    bfloat16* of(int64_t of_rank, int64_t number) const { return (bfloat16*)(slots + ((number & 1) * ranks + of_rank) * slot); }
+
+    void post() {
+        __atomic_store_n(flags + rank * line, ++sequence, __ATOMIC_RELEASE);
+        posted = 1;
+    }
+
+    bool all_posted() const {
+        int64_t left = checks;
+        for (int64_t peer = 0; peer < ranks; peer++)
+            while (__atomic_load_n(flags + peer * line, __ATOMIC_ACQUIRE) < sequence) {
+                if (!left--) return false;
+                __builtin_ia32_pause();
+            }
+        return true;
+    }
+
+    void sum(bfloat16* to, int64_t size) {
+        for (int64_t i = 0; i < size; i += WIDTH) {
+            Lanes total = load(of(0, sequence) + i, size - i);
+            for (int64_t peer = 1; peer < ranks; peer++) total += load(of(peer, sequence) + i, size - i);
+            store(to + i, total, size - i);
+        }
+        posted = 0;
+    }
+};
+
+void attention_half(const Layer& layer, const Reads& reads, const Step& s, const bfloat16* delta, bfloat16* to) {
+    int64_t width = (layer.heads + 2 * layer.kv_heads) * layer.head_dim, mixed = layer.heads * layer.head_dim;
+    add_rms_norm(s.x, delta, layer.attention_norm, s.normed, s.tokens, s.hidden, layer.attention_eps, layer.attention_offset);
+    multiply<false>(s.normed, layer.qkv, s.qkv, s.scratch, s.tokens);
+    rotate_and_cache(s.qkv, reads.cos, reads.sin, layer.q_norm, layer.k_norm, layer.head_eps, layer.head_offset, s.slots, reads.keys, reads.values,
+                     s.tokens, layer.heads, layer.kv_heads, layer.head_dim, reads.rotated, s.block_size);
+    paged_attention(s.qkv, s.mixed, reads.keys, reads.values, s.offsets, s.contexts, s.tables, layer.groups, s.spans, layer.kv_heads, layer.head_dim,
+                    width, mixed, s.block_size, s.table_width, layer.window, layer.scale, layer.softcap);
+    multiply<false>(s.mixed, layer.output, to, s.scratch, s.tokens);
+}
+
+void mlp_half(const Layer& layer, const Step& s, bfloat16* to) {
+    add_rms_norm(s.x, s.delta, layer.mlp_norm, s.normed, s.tokens, s.hidden, layer.mlp_eps, layer.mlp_offset);
+    multiply<true>(s.normed, layer.gate_up, s.gated, s.scratch, s.tokens);
+    multiply<false>(s.gated, layer.down, to, s.scratch, s.tokens);
+}
+
+// Halves of layers, attention and mlp in turn, from `half` to `end`; what the last adds to `x` is left in `delta`. Returns where it stopped:
+// at the end; or at a half whose sum, posted here, other ranks are late for; or, with other ranks but no segment, after a half that is still to
+// be summed.
+int64_t run_halves(const Step& s, Segment* segment, bool alone, int64_t half, int64_t end) {
+    while (half < end) {
+        if (!segment || !segment->posted) {
+            bfloat16* to = segment ? segment->of(segment->rank, segment->sequence + 1) : s.delta;
+            if (half % 2) mlp_half(s.layers[half / 2], s, to);
+            else attention_half(s.layers[half / 2], s.reads[half / 2], s, half ? s.delta : nullptr, to);
+            if (segment) segment->post();
+        }
+        if (segment) {
+            if (!segment->all_posted()) break;
+            segment->sum(s.delta, s.tokens * s.hidden);
+        }
+        half++;
+        if (!segment && !alone) break;
+    }
+    return half;
 }
 #endif
 
 }  // namespace
 
 #ifdef MULTIPLIES
+extern "C" int64_t run_halves_bfloat16(const Step* step, Segment* segment, bool alone, int64_t half, int64_t end) {
+    return run_halves(*step, segment, alone, half, end);
+}
 extern "C" void pack_matrix_bfloat16(const bfloat16* weight, uint32_t* packed, int64_t outputs, int64_t inputs, bool gated) {
     pack_matrix(weight, packed, outputs, inputs, gated);
 }
 extern "C" void multiply_bfloat16(const bfloat16* x, const uint32_t* packed, const bfloat16* bias, bfloat16* y, uint32_t* scratch,
                                   int64_t rows, int64_t outputs, int64_t inputs, int64_t most, bool gated) {
-    (gated ? multiply<true> : multiply<false>)(x, packed, bias, y, scratch, rows, outputs, inputs, most);
+    (gated ? multiply<true> : multiply<false>)(x, {packed, bias, outputs, inputs, most}, y, scratch, rows);
 }
 #endif
 

@@ -34,9 +34,19 @@ _ARGUMENTS = {
     "paged_attention": [_POINTER] * 8 + [_INT] * 8 + [_FLOAT] * 2,
     "silu_and_multiply": [_POINTER] * 2 + [_INT] * 2,
 }
+_FUNCTIONS = (
+    ("read_runs", [_INT, _POINTER] + [_INT] * 4, _INT),
+    ("best_of_rows_float", [_POINTER] * 4 + [_INT] * 2, None),
+    ("gumbel_noise", [_POINTER] * 3 + [_INT] * 3, None),
+    ("add_histogram", [_POINTER] * 4 + [_INT] * 3 + [_FLOAT], None),
+)
 _LANES, _TILE = 16, 12  # WIDTH and TILE of native.cpp
 _NEAR = 1 << 19  # bytes of inputs that stay in a core's own cache while a packed weight passes by
-_PRODUCTS = {"pack_matrix": [_POINTER] * 2 + [_INT] * 2 + [_BOOL], "multiply": [_POINTER] * 5 + [_INT] * 4 + [_BOOL]}
+_PRODUCTS = {
+    "pack_matrix": [_POINTER] * 2 + [_INT] * 2 + [_BOOL],
+    "multiply": [_POINTER] * 5 + [_INT] * 4 + [_BOOL],
+    "run_halves": [_POINTER] * 2 + [_BOOL] + [_INT] * 2,
+}
 
 
 class Kernels:
@@ -52,7 +62,7 @@ class Kernels:
         self.scratch = torch.empty(0, dtype=torch.int32)
         for name, arguments in (_ARGUMENTS | _PRODUCTS if self.can_multiply else _ARGUMENTS).items():
             function = getattr(library, f"{name}_{NAMES[dtype]}")
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, _INT if name == "run_halves" else None
             setattr(self, f"_{name}", function)
 
     _add_rms_norm: ctypes._NamedFuncPointer
@@ -61,6 +71,7 @@ class Kernels:
     _silu_and_multiply: ctypes._NamedFuncPointer
     _pack_matrix: ctypes._NamedFuncPointer
     _multiply: ctypes._NamedFuncPointer
+    _run_halves: ctypes._NamedFuncPointer
 
     def reserve(self, size: int) -> None:
         """Let the scratch of products have `size` elements at least."""
@@ -141,13 +152,34 @@ class Kernels:
         self._silu_and_multiply(_at(gate_up), _at(out), rows, size)
         return out
 
+    def run_halves(self, step: ctypes.Structure, segment: ctypes.Structure | None, alone: bool, half: int, end: int) -> int:
+        """Compute halves of layers, as `native_blocks` describes them; only where `can_multiply`.
+
+        Args:
+            step: What is computed.
+            segment: The memory that sums between ranks are made in.
+            alone: Whether there is nothing to sum.
+            half: The first; attention and mlp of a layer count as one each.
+            end: Where to stop.
+
+        Returns:
+            The half that is next. Before the end it is one whose sum waits for other ranks; or, without a segment, what has been computed
+            has yet to be summed.
+        """
+        return self._run_halves(ctypes.byref(step), segment and ctypes.byref(segment), alone, half, end)
+
     def pack(self, weight: Tensor, gated: bool = False) -> PackedMatrix:
         """A packed copy of `weight` [outputs, inputs]; `gated`: its upper half is a gate of its lower half."""
         return PackedMatrix(self, weight, gated)
 
 
 class PackedMatrix:
-    """A weight in the layout our product reads: panels of 32 outputs (if gated, 16 of the gate and what they gate), inputs two by two."""
+    """A weight in the layout our product reads: panels of 32 outputs (if gated, 16 of the gate and what they gate), inputs two by two.
+
+    Attributes:
+        address: Where it is.
+        together: Rows that are multiplied together.
+    """
 
     def __init__(self, kernels: Kernels, weight: Tensor, gated: bool) -> None:
         outputs, inputs = weight.shape
@@ -155,15 +187,16 @@ class PackedMatrix:
         panels = -(-self._width // (_LANES if gated else 2 * _LANES))
         self._packed = huge_pages.zeros((panels, (inputs + 1) // 2, 2 * _LANES), torch.int32)
         kernels._pack_matrix(_at(weight.contiguous()), _at(self._packed), outputs, inputs, gated)
-        together = min(max(_NEAR // (2 * inputs) // _TILE, 1), 24) * _TILE
-        self._kernels, self._at, self._sizes = kernels, self._packed.data_ptr(), (outputs, inputs, together, gated)
-        kernels.reserve(together * self._packed.shape[1])
+        self.together = min(max(_NEAR // (2 * inputs) // _TILE, 1), 24) * _TILE
+        self.address, self._kernels = self._packed.data_ptr(), kernels
+        self._sizes = (outputs, inputs, self.together, gated)
+        kernels.reserve(self.together * self._packed.shape[1])
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [rows, inputs] times the weight, plus `bias` [outputs]: [rows, outputs]; if gated silu(gate) * up, half as wide."""
         x, kernels = x.contiguous(), self._kernels
         y = torch.empty(len(x), self._width, dtype=x.dtype)
-        kernels._multiply(x.data_ptr(), self._at, _at(bias), y.data_ptr(), kernels.scratch.data_ptr(), x.shape[0], *self._sizes)
+        kernels._multiply(x.data_ptr(), self.address, _at(bias), y.data_ptr(), kernels.scratch.data_ptr(), x.shape[0], *self._sizes)
         return y
 
 
@@ -193,9 +226,7 @@ def read_runs(fd: int, to: Tensor, offset: int, length: int, stride: int, runs: 
     if library is None:
         return None
     assert to.is_contiguous() and to.nbytes >= length * runs
-    function = library.read_runs
-    function.argtypes, function.restype = [_INT, _POINTER] + [_INT] * 4, _INT
-    count = function(fd, _at(to), offset, length, stride, runs)
+    count = library.read_runs(fd, _at(to), offset, length, stride, runs)
     if count < 0:
         raise OSError(-count, os.strerror(-count))
     return count
@@ -217,7 +248,6 @@ def best(values: Tensor, with_sums: bool) -> tuple[Tensor, Tensor, Tensor | None
     rows, size = values.shape
     greatest, index = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
     sums = torch.empty(rows) if with_sums else None
-    library.best_of_rows_float.argtypes, library.best_of_rows_float.restype = [_POINTER] * 4 + [_INT] * 2, None
     library.best_of_rows_float(_at(values), _at(greatest), _at(index), _at(sums), rows, size)
     return greatest, index, sums
 
@@ -229,7 +259,6 @@ def gumbel(keys: Tensor, ids: Tensor) -> Tensor | None:
         return None
     keys, ids = keys.contiguous(), ids.contiguous()
     out = torch.empty(len(keys), ids.shape[-1])
-    library.gumbel_noise.argtypes, library.gumbel_noise.restype = [_POINTER] * 3 + [_INT] * 3, None
     library.gumbel_noise(_at(keys), _at(ids), _at(out), *out.shape, ids.shape[-1] if ids.dim() > 1 else 0)
     return out
 
@@ -250,7 +279,6 @@ def histogram(values: Tensor, greatest: Tensor, bins: int, per_unit: float) -> t
     if library is None:
         return None
     masses, counts = torch.zeros(2, len(values), bins + 1, dtype=torch.float64)
-    library.add_histogram.argtypes, library.add_histogram.restype = [_POINTER] * 4 + [_INT] * 3 + [_FLOAT], None
     library.add_histogram(_at(values), _at(greatest), _at(masses), _at(counts), *values.shape, bins, per_unit)
     return masses, counts
 
@@ -270,9 +298,12 @@ def _library() -> ctypes.CDLL | None:
         target = _cache() / f"native-{name}.so"
         if not target.exists():
             _build(compiler, target)
-        return ctypes.CDLL(str(target))
+        library = ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError):
         return None
+    for function, arguments, result in _FUNCTIONS:
+        getattr(library, function).argtypes, getattr(library, function).restype = arguments, result
+    return library
 
 
 def _cache() -> Path:
