@@ -294,10 +294,11 @@ def _library() -> ctypes.CDLL | None:
         machine = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
         # What a program is made of decides its name: a home directory may be shared by unlike machines.
         features = "".join(line for line in machine.splitlines() if line.startswith(("model", "flags", "Features")))
-        name = hashlib.sha256(b"\0".join((SOURCE.read_bytes(), FLAGS.encode(), version, features.encode()))).hexdigest()[:16]
+        source = SOURCE.read_bytes()
+        name = hashlib.sha256(b"\0".join((source, FLAGS.encode(), version, features.encode()))).hexdigest()[:16]
         target = _cache() / f"native-{name}.so"
         if not target.exists():
-            _build(compiler, target)
+            _build(compiler, source, target)
         library = ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError):
         return None
@@ -318,15 +319,16 @@ def _cache() -> Path:
     return Path(tempfile.mkdtemp(prefix="dist_infer-"))
 
 
-def _build(compiler: str, target: Path) -> None:
-    """Compile to `target`; ranks that start at once wait for the first."""
+def _build(compiler: str, source: bytes, target: Path) -> None:
+    """Compile `source`, which `target` is named for, to `target`; ranks that start at once wait for the first."""
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():
             return
         with tempfile.TemporaryDirectory(dir=target.parent) as directory:
-            partial, made = Path(directory, "native.o"), Path(directory, "native.so")
+            code, partial, made = (Path(directory, f"native.{kind}") for kind in ("cpp", "o", "so"))
+            code.write_bytes(source)
             # Linked without a threading library of its own: the threads are those torch has loaded already.
-            for command in (f"{FLAGS} -c {SOURCE} -o {partial}", f"-shared {partial} -o {made}"):
+            for command in (f"{FLAGS} -c {code} -o {partial}", f"-shared {partial} -o {made}"):
                 subprocess.run([*shlex.split(compiler), *shlex.split(command)], capture_output=True, check=True)
             made.rename(target)
