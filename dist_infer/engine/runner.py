@@ -207,20 +207,23 @@ class Runner:
         self._count(work.spans, decided)
         layout, rows = work.layout, work.rows
         self._held = []
-        summaries = torch.zeros(work.most_rows, layout.width if layout is not None else 0, device=self.device)
+        summaries: list[Tensor] = []
 
         def reduce(logits: Tensor, first: int) -> None:
             assert layout is not None
             part = slice(first, first + len(logits))
             targets = None if rows.targets is None else rows.targets[part]
             summary, held = summarize(logits, layout, Rows(rows.slots[part], rows.positions[part], targets), self.table)
-            summaries[part] = summary
+            summaries.append(summary)
             if layout.noised > 1:  # some row filters: the leader may come back for it
                 self._held.append(held)
 
         self._forward(work.batch, self.cache, reduce)
         if layout is not None:
-            values = summaries.to("cpu", non_blocking=True)
+            missing = work.most_rows - len(rows)
+            if missing or len(summaries) != 1:
+                summaries = [torch.cat([*summaries, torch.zeros(missing, layout.width, device=self.device)])]
+            values = summaries[0].to("cpu", non_blocking=True)
             ready = None
             if self.device.type == "cuda":
                 ready = torch.cuda.Event()

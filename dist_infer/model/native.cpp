@@ -9,7 +9,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <unistd.h>
+#include <utility>
 #include <vector>
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -525,29 +527,44 @@ template <class T> void silu_and_multiply(const T* gate_up, T* out, int64_t rows
     }
 }
 
-// As `noise.py` has it: standard Gumbel noise under each key [rows, 2] of `count` token ids, those of a row `stride` after the row before's.
-void gumbel(const int64_t* keys, const int64_t* ids, float* out, int64_t rows, int64_t count, int64_t stride) {
+// As `noise.py` has it: standard Gumbel noise under each key [rows, 2] of `count` token ids, those of a row `stride` after the row before's;
+// added to `to` [rows, count], where it is given.
+void gumbel(const int64_t* keys, const int64_t* ids, const float* to, float* out, int64_t rows, int64_t count, int64_t stride) {
     const int64_t step = (int64_t)0x9E3779B97F4A7C15ull, mix1 = (int64_t)0xBF58476D1CE4E5B9ull, mix2 = (int64_t)0x94D049BB133111EBull;
+    constexpr int64_t CHUNK = 32;  // vectors of ids that are mixed once for all rows
 #pragma omp parallel for
-    for (int64_t first = 0; first < count; first += WIDTH) {
-        int64_t some = count - first < WIDTH ? count - first : WIDTH;
-        Longs x = {};
+    for (int64_t chunk = 0; chunk < count; chunk += CHUNK * WIDTH) {
+        Longs mixed[CHUNK] = {};
+        int64_t end = std::min(chunk + CHUNK * WIDTH, count);
         for (int64_t row = 0; row < rows; row++) {
             if (!row || stride) {
-                memcpy(&x, ids + row * stride + first, some * sizeof(int64_t));
-                x = (x + 1) * step;
-                x = (x ^ (x >> 30)) * mix1;
-                x ^= x >> 27;
+                memcpy(mixed, ids + row * stride + chunk, (end - chunk) * sizeof(int64_t));
+                for (Longs& x : mixed) {
+                    x = (x + 1) * step;
+                    x = (x ^ (x >> 30)) * mix1;
+                    x ^= x >> 27;
+                }
             }
-            Longs bits = (x + keys[2 * row]) * keys[2 * row + 1];
-            bits = ((bits ^ (bits >> 32)) * mix2) & INT64_MAX;
-            Lanes v = __builtin_convertvector(bits, Lanes) * 0x1p-63f;
-            v = v < 0x1p-64f ? all(0x1p-64f) : v > 1.0f - 0x1p-24f ? all(1.0f - 0x1p-24f) : v;
-            Lanes rest = 1.0f - v;  // log(1 - v), with what the subtraction lost
-            Lanes minus_log = -(logarithm(rest) - (v - (1.0f - rest)) / rest);
-            store(out + row * count + first, -logarithm(minus_log), some);
+            for (int64_t first = chunk; first < end; first += WIDTH) {
+                Longs bits = (mixed[(first - chunk) / WIDTH] + keys[2 * row]) * keys[2 * row + 1];
+                bits = ((bits ^ (bits >> 32)) * mix2) & INT64_MAX;
+                Lanes v = __builtin_convertvector(bits, Lanes) * 0x1p-63f;
+                v = v < 0x1p-64f ? all(0x1p-64f) : v > 1.0f - 0x1p-24f ? all(1.0f - 0x1p-24f) : v;
+                Lanes rest = 1.0f - v;  // log(1 - v), with what the subtraction lost
+                Lanes minus_log = -(logarithm(rest) - (v - (1.0f - rest)) / rest);
+                Lanes before = to ? load(to + row * count + first, end - first) : Lanes{};
+                store(out + row * count + first, before - logarithm(minus_log), end - first);
+            }
         }
     }
+}
+
+// As `load`; what is missing is less than anything.
+inline Lanes load_or_least(const float* from, int64_t count) {
+    if (count >= WIDTH) return load(from);
+    Lanes value = all(-INFINITY);
+    for (int64_t i = 0; i < count; i++) value[i] = from[i];
+    return value;
 }
 
 // Of each row [rows, size] the greatest, where it first is, and where wanted the sum of exp(x - greatest). NaN is the greatest.
@@ -558,14 +575,8 @@ void best_of_rows(const float* x, float* best, int64_t* index, float* exponentia
         Lanes most = all(-INFINITY), total = {};
         Ints where = {}, strange = {}, at;
         for (int i = 0; i < WIDTH; i++) at[i] = i;
-        auto whole_or = [&](int64_t i) {  // missing lanes change nothing
-            if (size - i >= WIDTH) return load(from + i);
-            Lanes value = all(-INFINITY);
-            for (int64_t j = 0; i + j < size; j++) value[j] = from[i + j];
-            return value;
-        };
         for (int64_t i = 0; i < size; i += WIDTH, at += WIDTH) {
-            Lanes value = whole_or(i);
+            Lanes value = load_or_least(from + i, size - i);
             Ints greater = value > most;
             most = greater ? value : most, where = greater ? at : where, strange |= value != value;
         }
@@ -579,15 +590,49 @@ void best_of_rows(const float* x, float* best, int64_t* index, float* exponentia
         if (!exponentials) continue;
         float base = top > -3.4e38f ? top : -3.4e38f;
         for (int64_t i = 0; i < size; i += WIDTH) {
-            Lanes value = whole_or(i);
+            Lanes value = load_or_least(from + i, size - i);
             total += value == -INFINITY ? Lanes{} : exponential(value - base);
         }
         exponentials[row] = top == top ? sum(total) : NAN;
     }
 }
 
+// The first `few` of each row, in order: the greater first, among equals the lower index. A row with too many NaN ends with -infinity.
+void best_few(const float* x, float* values, int64_t* index, int64_t rows, int64_t size, int64_t few) {
+    constexpr int64_t GROUP = 4 * WIDTH;
+#pragma omp parallel for if (rows * size > 16384)
+    for (int64_t row = 0; row < rows; row++) {
+        const float* from = x + row * size;
+        std::vector<float> most((size + GROUP - 1) / GROUP);
+        for (int64_t group = 0; group < (int64_t)most.size(); group++) {
+            Lanes greatest = all(-INFINITY);
+            for (int64_t i = group * GROUP; i < size && i < (group + 1) * GROUP; i += WIDTH) {
+                Lanes value = load_or_least(from + i, size - i);
+                greatest = value > greatest ? value : greatest;
+            }
+            most[group] = largest(greatest);
+        }
+        float least = -INFINITY;  // of the `few` greatest groups: nothing below it is among the first
+        if ((int64_t)most.size() >= few) {
+            std::vector<float> sorted(most);
+            std::nth_element(sorted.begin(), sorted.begin() + few - 1, sorted.end(), std::greater<float>());
+            least = sorted[few - 1];
+        }
+        std::vector<std::pair<float, int64_t>> found;  // by the negative, so that pairs compare as they should
+        for (int64_t group = 0; group < (int64_t)most.size(); group++)
+            for (int64_t i = group * GROUP; most[group] >= least && i < size && i < (group + 1) * GROUP; i++)
+                if (from[i] >= least) found.emplace_back(-from[i], i);
+        int64_t count = std::min<int64_t>(few, found.size());
+        std::partial_sort(found.begin(), found.begin() + count, found.end());
+        for (int64_t i = 0; i < few; i++) {
+            values[row * few + i] = i < count ? -found[i].first : -INFINITY;
+            index[row * few + i] = i < count ? found[i].second : 0;
+        }
+    }
+}
+
 // As `summary.py` has it: sums of exp(x - greatest of the row), and numbers of tokens, in `bins` bins, `per_unit` of them a unit, downwards from the greatest's;
-// all below them in the last.
+// all below them in the last. Numbers only where there is room for them.
 void histogram(const float* x, const float* greatest, double* masses, double* counts, int64_t rows, int64_t size, int64_t bins, float per_unit) {
     auto bin_of = [=](Lanes value) {
         value *= per_unit;
@@ -596,14 +641,21 @@ void histogram(const float* x, const float* greatest, double* masses, double* co
     };
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
-        double *mass = masses + row * (bins + 1), *number = counts + row * (bins + 1);
+        double *mass = masses + row * (bins + 1), *number = counts ? counts + row * (bins + 1) : nullptr;
+        std::vector<double> other(bins + 1);  // every second one's: neighbours are often in one bin, and need not wait for each other
         Lanes top = bin_of(all(greatest[row]));
         for (int64_t i = 0; i < size; i += WIDTH) {
             Lanes value = load(x + row * size + i, size - i), below = top - bin_of(value), weight = exponential(value - greatest[row]);
             below = below > (float)bins ? all(bins) : below > 0.0f ? below : Lanes{};  // NaN, too, to the first
-            Ints bin = __builtin_convertvector(below, Ints);
-            for (int64_t j = 0; j < WIDTH && i + j < size; j++) mass[bin[j]] += weight[j], number[bin[j]] += 1;
+            int32_t bin[WIDTH];
+            float of[WIDTH];
+            Ints at = __builtin_convertvector(below, Ints);
+            memcpy(bin, &at, sizeof bin), memcpy(of, &weight, sizeof of);
+            int64_t some = size - i < WIDTH ? size - i : WIDTH;
+            for (int64_t j = 0; j < some; j++) (j % 2 ? other[bin[j]] : mass[bin[j]]) += of[j];
+            for (int64_t j = 0; number && j < some; j++) number[bin[j]] += 1;
         }
+        for (int64_t bin = 0; bin <= bins; bin++) mass[bin] += other[bin];
     }
 }
 
@@ -853,8 +905,11 @@ extern "C" void multiply_bfloat16(const bfloat16* x, const uint32_t* packed, con
 extern "C" void best_of_rows_float(const float* x, float* best, int64_t* index, float* exponentials, int64_t rows, int64_t size) {
     best_of_rows(x, best, index, exponentials, rows, size);
 }
-extern "C" void gumbel_noise(const int64_t* keys, const int64_t* ids, float* out, int64_t rows, int64_t count, int64_t stride) {
-    gumbel(keys, ids, out, rows, count, stride);
+extern "C" void best_few_float(const float* x, float* values, int64_t* index, int64_t rows, int64_t size, int64_t few) {
+    best_few(x, values, index, rows, size, few);
+}
+extern "C" void gumbel_noise(const int64_t* keys, const int64_t* ids, const float* to, float* out, int64_t rows, int64_t count, int64_t stride) {
+    gumbel(keys, ids, to, out, rows, count, stride);
 }
 extern "C" void add_histogram(const float* x, const float* greatest, double* masses, double* counts, int64_t rows, int64_t size, int64_t bins,
                               float per_unit) {

@@ -37,7 +37,8 @@ _ARGUMENTS = {
 _FUNCTIONS = (
     ("read_runs", [_INT, _POINTER] + [_INT] * 4, _INT),
     ("best_of_rows_float", [_POINTER] * 4 + [_INT] * 2, None),
-    ("gumbel_noise", [_POINTER] * 3 + [_INT] * 3, None),
+    ("best_few_float", [_POINTER] * 3 + [_INT] * 3, None),
+    ("gumbel_noise", [_POINTER] * 4 + [_INT] * 3, None),
     ("add_histogram", [_POINTER] * 4 + [_INT] * 3 + [_FLOAT], None),
 )
 _LANES, _TILE = 16, 12  # WIDTH and TILE of native.cpp
@@ -252,18 +253,44 @@ def best(values: Tensor, with_sums: bool) -> tuple[Tensor, Tensor, Tensor | None
     return greatest, index, sums
 
 
-def gumbel(keys: Tensor, ids: Tensor) -> Tensor | None:
-    """Gumbel noise [rows, n] float32 of CPU token ids [n] or [rows, n] under keys [rows, 2], int64; None where there are no kernels."""
+def best_few(values: Tensor, few: int) -> tuple[Tensor, Tensor] | None:
+    """The first `few` of each row of `values` [rows, n], the greater first, among equals the lower index; None where there are no kernels.
+
+    Args:
+        values: float32, contiguous, on the CPU.
+        few: At most n.
+
+    Returns:
+        Values and indices, [rows, few].
+    """
+    library = _library()
+    if library is None:
+        return None
+    rows, size = values.shape
+    found, index = torch.empty(rows, few), torch.empty(rows, few, dtype=torch.int64)
+    library.best_few_float(_at(values), _at(found), _at(index), rows, size, few)
+    return found, index
+
+
+def gumbel(keys: Tensor, ids: Tensor, to: Tensor | None = None) -> Tensor | None:
+    """Gumbel noise [rows, n] float32 of CPU token ids [n] or [rows, n] under keys [rows, 2], int64; None where there are no kernels.
+
+    Args:
+        keys: From `noise.row_keys`.
+        ids: Token ids.
+        to: What it is added to, [rows, n] float32; nothing by default.
+    """
     library = _library()
     if library is None:
         return None
     keys, ids = keys.contiguous(), ids.contiguous()
     out = torch.empty(len(keys), ids.shape[-1])
-    library.gumbel_noise(_at(keys), _at(ids), _at(out), *out.shape, ids.shape[-1] if ids.dim() > 1 else 0)
+    to = to if to is None else to.contiguous()
+    library.gumbel_noise(_at(keys), _at(ids), _at(to), _at(out), *out.shape, ids.shape[-1] if ids.dim() > 1 else 0)
     return out
 
 
-def histogram(values: Tensor, greatest: Tensor, bins: int, per_unit: float) -> tuple[Tensor, Tensor] | None:
+def histogram(values: Tensor, greatest: Tensor, bins: int, per_unit: float, with_counts: bool) -> tuple[Tensor, Tensor] | None:
     """Sums of exp(value - greatest), and numbers of values, in each bin below the greatest's; None where there are no kernels.
 
     Args:
@@ -271,6 +298,7 @@ def histogram(values: Tensor, greatest: Tensor, bins: int, per_unit: float) -> t
         greatest: [rows, 1], of each row.
         bins: How many; all values below them are in one more.
         per_unit: Bins in 1.
+        with_counts: Whether the numbers are wanted; they are 0 otherwise.
 
     Returns:
         Both [rows, bins + 1] float64.
@@ -279,7 +307,7 @@ def histogram(values: Tensor, greatest: Tensor, bins: int, per_unit: float) -> t
     if library is None:
         return None
     masses, counts = torch.zeros(2, len(values), bins + 1, dtype=torch.float64)
-    library.add_histogram(_at(values), _at(greatest), _at(masses), _at(counts), *values.shape, bins, per_unit)
+    library.add_histogram(_at(values), _at(greatest), _at(masses), _at(counts) if with_counts else None, *values.shape, bins, per_unit)
     return masses, counts
 
 

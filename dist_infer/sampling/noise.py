@@ -63,7 +63,8 @@ def noised(scaled: Tensor, keys: np.ndarray, first_token: int) -> Tensor:
 
         return add_gumbel(scaled.contiguous(), keys, first_token, (_signed(_STEP), _signed(_MIX1), _signed(_MIX2)))
     ids = torch.arange(first_token, first_token + scaled.shape[1], device=scaled.device)
-    return gumbel(keys, ids).add_(scaled)
+    compiled = native.gumbel(torch.from_numpy(keys), ids, scaled) if scaled.device.type == "cpu" else None
+    return gumbel(keys, ids).add_(scaled) if compiled is None else compiled
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

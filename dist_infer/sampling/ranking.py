@@ -34,10 +34,15 @@ def top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     `torch.topk` picks any of equals, and bf16 models make many: here value and index make one integer key, so no two are equal.
     """
+    if values.device.type == "cpu":
+        found = native.best_few(values.contiguous(), k)
+        if found is not None:
+            return found
     bits = (values + 0.0).view(torch.int32)  # + 0.0: minus zero equals zero
     bits ^= (bits >> 31) & 0x7FFFFFFF  # the order of floats as the order of integers
     last = values.shape[1] - 1
     keys = bits.to(torch.int64) << 32
     keys |= last - torch.arange(values.shape[1], device=values.device)
-    index = last - (keys.topk(k, dim=1).values & 0xFFFFFFFF)
+    first = keys.topk(k, dim=1, sorted=False).values.sort(dim=1, descending=True).values  # far faster than a sorted topk
+    index = last - (first & 0xFFFFFFFF)
     return values.gather(1, index), index

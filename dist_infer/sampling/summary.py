@@ -216,9 +216,11 @@ class _Summary:
 
     def put(self, name: str, values: Tensor, rows: list[int] | None = None, missing: float = float("-inf")) -> None:
         """Write a field of `rows` (default: all) from `values` [n] or [n, up to the field's count]; the rest of it is `missing`."""
-        values = values.to(torch.float32).reshape(values.shape[0], -1)
+        values = values.to(torch.float32).view(values.shape[0], -1)
         field = self.layout.fields[name]
-        values = torch.nn.functional.pad(values, (0, field.stop - field.start - values.shape[1]), value=missing)
+        absent = field.stop - field.start - values.shape[1]
+        if absent:
+            values = torch.nn.functional.pad(values, (0, absent), value=missing)
         if rows is None or len(rows) == self.data.shape[0]:
             self.data[:, field] = values
         else:
@@ -263,7 +265,7 @@ def _noised_fields(summary: _Summary, scaled: Tensor, raw: Tensor | None, at: li
         values, index = best(total)
         index = index[:, None]
     else:
-        values, index = total.topk(min(summary.layout.noised, vocab_local), dim=1)
+        values, index = top(total, min(summary.layout.noised, vocab_local))
     summary.put("noised", values, at)
     summary.put_ids("noised_id", index, at)
     summary.put("noised_scaled", scaled.gather(1, index), at)
@@ -275,19 +277,19 @@ def _histogram_fields(summary: _Summary, scaled: Tensor, at: list[int]) -> None:
     """Probability and number of tokens in each bin of scaled logits."""
     greatest = reference(scaled)
     summary.put("top_bin", bin_of(greatest).to(torch.int32).view(torch.float32), at)
-    masses, counts = histogram(scaled, greatest)
+    masses, counts = histogram(scaled, greatest, summary.layout.counts)
     if summary.layout.masses:
         summary.put("masses", masses, at)
     if summary.layout.counts:
         summary.put("counts", counts, at)
 
 
-def histogram(scaled: Tensor, greatest: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of exp(scaled - greatest), and numbers of tokens, in each bin, both [rows, BINS + 1].
+def histogram(scaled: Tensor, greatest: Tensor, with_counts: bool = True) -> tuple[Tensor, Tensor]:
+    """Sums of exp(scaled - greatest), and numbers of tokens if they are wanted, in each bin, both [rows, BINS + 1].
 
     In double precision, so that a bin of many tokens is known far better than the leader's margin.
     """
-    compiled = native.histogram(scaled.contiguous(), greatest, BINS, BINS_PER_NAT) if scaled.device.type == "cpu" else None
+    compiled = native.histogram(scaled.contiguous(), greatest, BINS, BINS_PER_NAT, with_counts) if scaled.device.type == "cpu" else None
     if compiled is not None:
         return compiled
     bins = (bin_of(greatest) - bin_of(scaled)).clamp_(0, BINS)
