@@ -69,17 +69,19 @@ class Rotary:
             dtype: Type of the result; the angles themselves are computed in float32.
         """
         frequencies, scale = self._base
-        angles = positions[:, None].float() * frequencies
+        angles = positions[:, None] * frequencies
         factor: float | Tensor = scale
         if self.depends_on_length and lengths is not None:
             factor = torch.full((len(positions), 1), scale, device=self.device)
             for length in torch.unique(lengths[lengths > self.threshold]).tolist():
                 rows = lengths == length
                 scaled, scale = self._at(self.regime(length), length)
-                angles[rows] = positions[rows, None].float() * scaled
+                angles[rows] = positions[rows, None] * scaled
                 factor[rows] = scale
-        angles = torch.cat((-angles, angles), dim=-1)
-        return (angles.cos() * factor).to(dtype)[:, None], (angles.sin() * factor).to(dtype)[:, None]
+        cos, sin = angles.cos(), angles.sin()
+        if isinstance(factor, Tensor) or factor != 1:
+            cos, sin = cos * factor, sin * factor
+        return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
 
     def _at(self, regime: int, length: int) -> tuple[Tensor, float]:
         if regime not in self._scaled:
@@ -89,7 +91,7 @@ class Rotary:
         return self._scaled[regime]
 
     def _frequencies(self, length: int | None) -> tuple[Tensor, float]:
-        """Inverse frequencies [rotary_dim / 2] and the factor on cos and sin, for a sequence of `length` tokens."""
+        """Inverse frequencies [rotary_dim], the first half negative, and the factor on cos and sin, for a sequence of `length` tokens."""
         scale = 1.0
         with torch.device("cpu"):  # whatever device a model is being built on
             if self.type == "default":
@@ -97,7 +99,7 @@ class Rotary:
                 frequencies = 1.0 / base ** (torch.arange(0, self._dim, 2, dtype=torch.float) / self._dim)
             else:
                 frequencies, scale = ROPE_INIT_FUNCTIONS[self.type](self._config, torch.device("cpu"), seq_len=length)
-        return frequencies.to(self.device), scale
+        return torch.cat((-frequencies, frequencies)).to(self.device), scale
 
 
 def no_rotation(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
