@@ -1,6 +1,6 @@
 """Where the time of a decode step goes: a table of its parts, and a trace for chrome://tracing or Perfetto.
 
-Parts are measured on rank 0 by wrapping what the package calls; time within another part is not counted twice. Waiting for other ranks is in
+Parts are measured on rank 0 by wrapping what the package calls; time within another part is not counted twice. Waiting for others is in
 "collectives". What wrapping costs (about a microsecond a call) is in the parts around. To be told apart, blocks run module by module, which
 takes longer than the one compiled call that they are otherwise.
 """
