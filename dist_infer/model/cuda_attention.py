@@ -4,8 +4,8 @@ The tiles and the running softmax are FlashAttention's (Dao et al., 2022); cutti
 Flash-Decoding's. A program computes all query heads that share a KV head, so each key is read once.
 """
 
-# A launch takes other arguments than the kernel it names says.
-# pyright: reportCallIssue=false, reportArgumentType=false
+# A launch takes other arguments than the kernel it names says, and what its functions return is not typed.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
