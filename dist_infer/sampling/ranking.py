@@ -43,6 +43,5 @@ def top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     last = values.shape[1] - 1
     keys = bits.to(torch.int64) << 32
     keys |= last - torch.arange(values.shape[1], device=values.device)
-    first = keys.topk(k, dim=1, sorted=False).values.sort(dim=1, descending=True).values  # far faster than a sorted topk
-    index = last - (first & 0xFFFFFFFF)
+    index = last - (keys.topk(k, dim=1).values & 0xFFFFFFFF)
     return values.gather(1, index), index
