@@ -21,7 +21,7 @@ import programs
 import torch
 from figures import figures
 from model import MODELS, model_config, write_model
-from peers import Peers, find_vllm
+from peers import KV_CACHE_TOKENS, Peers, find_vllm
 from report import about, print_figures, print_workload, write
 from side import Side, SideFailed
 from workloads import QUICK, Maker, Sizes, Workload
@@ -158,9 +158,9 @@ def compare(args: argparse.Namespace, directory: Path) -> int:
     print(f"{machine}; torch {torch.__version__}; vLLM: {found}")
     for name, why in skipped.items():
         print(f"{name} is skipped: {why}")
-    comparison = Comparison(
-        Peers(model, kv_bytes, args.device, vllm, directory, maker.first(), maker.warm()), args.rounds, skipped, args.quick
-    )
+    fill = None if args.quick else maker.fill(KV_CACHE_TOKENS)
+    peers = Peers(model, kv_bytes, args.device, vllm, directory, maker.first(), maker.warm(), fill)
+    comparison = Comparison(peers, args.rounds, skipped, args.quick)
     prefills = [workload.name for workload in maker.all() if workload.name.startswith("prefill")]
 
     def save() -> list[Any]:

@@ -36,14 +36,24 @@ class Peers:
         vllm: The Python that has vLLM; None without it.
         directory: For logs.
         first: What a side is asked as soon as it runs.
-        warm: What it is asked before anything is measured, so that memory and code paths have been used once.
+        warm: What it is asked before anything is measured, so that code paths have been used once.
+        fill: What a side that has a KV cache is asked then, to have written most of it once: fresh memory may cost its host seconds a GB. None: nothing.
     """
 
     def __init__(
-        self, model: Path, kv_bytes: int, device: str, vllm: Path | None, directory: Path, first: dict[str, Any], warm: dict[str, Any]
+        self,
+        model: Path,
+        kv_bytes: int,
+        device: str,
+        vllm: Path | None,
+        directory: Path,
+        first: dict[str, Any],
+        warm: dict[str, Any],
+        fill: dict[str, Any] | None,
     ) -> None:
         self.kv_gib = math.ceil(KV_CACHE_TOKENS * kv_bytes / 2**30)
-        self.model, self.device, self.vllm, self.directory, self.first, self.warm = model, device, vllm, directory, first, warm
+        self.model, self.device, self.vllm, self.directory = model, device, vllm, directory
+        self.first, self.warm, self.fill = first, warm, fill
         self._running: dict[str, Side] = {}
 
     def side(self, name: str) -> Side:
@@ -57,6 +67,8 @@ class Peers:
             side.start()
             if side.first is not None:
                 side.ask(**self.warm)
+                if self.fill is not None and name != "transformers":
+                    side.ask(**self.fill)
         return self._running[name]
 
     def new(self, name: str) -> Side:

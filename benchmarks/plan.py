@@ -15,8 +15,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,22 +50,37 @@ class Row(NamedTuple):
     measured: float
 
 
+def overrides(path: Path, shape: MeshShape) -> list[str]:
+    """Options of a run on this mesh."""
+    return [
+        f"model.path={path}",
+        "model.tokenizer=none",
+        "device=cpu",
+        f"parallel.tp={shape.tp}",
+        f"parallel.fsdp={shape.fsdp}",
+        f"engine.kv_cache_gib={KV_GIB}",
+        "engine.max_sequences=1024",
+        f"engine.max_batch_tokens={SEQUENCES * PROMPT}",
+        "engine.prefix_cache=false",
+    ]
+
+
+def forecast(given: list[str], sequences: int, output: int) -> dict[str, Any]:
+    """What is said of the machine as it is now."""
+    work = [f"workload.sequences={sequences}", f"workload.prompt_tokens={PROMPT}", f"workload.output_tokens={output}"]
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [sys.executable, "-m", "dist_infer", "plan", *given, "parallel.replicas=1", *work, f"output={file.name}"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        meshes = json.loads(Path(file.name).read_text())["meshes"]
+    assert len(meshes) == 1 and "traffic" in meshes[0], meshes
+    return meshes[0]
+
+
 class Running:
     """A session on one mesh, and what is measured with it."""
 
     def __init__(self, path: Path, shape: MeshShape) -> None:
-        self.shape = shape
-        self.overrides = [
-            f"model.path={path}",
-            "model.tokenizer=none",
-            "device=cpu",
-            f"parallel.tp={shape.tp}",
-            f"parallel.fsdp={shape.fsdp}",
-            f"engine.kv_cache_gib={KV_GIB}",
-            "engine.max_sequences=1024",
-            f"engine.max_batch_tokens={SEQUENCES * PROMPT}",
-            "engine.prefix_cache=false",
-        ]
+        self.overrides = overrides(path, shape)
         options = read_options(self.overrides)
         self.session = Session(options, lambda: Blueprint.of(options), scripted=True)
         self.intake = Intake(self.session.blueprint)
@@ -71,13 +88,7 @@ class Running:
 
     def forecast(self, sequences: int, output: int) -> dict[str, Any]:
         """What is said of the machine as it is now."""
-        work = [f"workload.sequences={sequences}", f"workload.prompt_tokens={PROMPT}", f"workload.output_tokens={output}"]
-        with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            command = [sys.executable, "-m", "dist_infer", "plan", *self.overrides, "parallel.replicas=1", *work, f"output={file.name}"]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            meshes = json.loads(Path(file.name).read_text())["meshes"]
-        assert len(meshes) == 1 and "traffic" in meshes[0], meshes
-        return meshes[0]
+        return forecast(self.overrides, sequences, output)
 
     def decode(self, batch: int) -> float:
         """Seconds of a step, in the median."""
@@ -142,9 +153,25 @@ def counted(communicator: Any) -> Iterator[list[tuple[str, int]]]:
         delattr(communicator, name)
 
 
+def loading(path: Path, shape: MeshShape) -> float:
+    """Seconds that the weights take to be in place."""
+    running = Running(path, shape)
+    running.session.close()
+    return running.session.resident.read_seconds
+
+
+def in_a_process_of_its_own(path: Path, shape: MeshShape) -> float:
+    """`loading`, into memory that nobody had before."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(loading, path, shape).result()
+
+
 def compare(path: Path, shape: MeshShape, rounds: int) -> Iterator[Row]:
     """Every figure of one mesh."""
-    running, mesh = Running(path, shape), f"fsdp={shape.fsdp} tp={shape.tp}"
+    mesh = f"fsdp={shape.fsdp} tp={shape.tp}"
+    loads = [(forecast(overrides(path, shape), 1, OUTPUT)["load_s"], in_a_process_of_its_own(path, shape)) for _ in range(rounds)]
+    yield _median(mesh, "loading, s", loads)
+    running = Running(path, shape)
     try:
         if shape.fsdp == 1:
             running.decode(1)  # the first step of all makes caches
@@ -160,13 +187,12 @@ def compare(path: Path, shape: MeshShape, rounds: int) -> Iterator[Row]:
             running.score()
             pairs = [(running.forecast(SEQUENCES, 0)["prefill"], running.score()) for _ in range(rounds)]
             yield _median(mesh, f"scoring {SEQUENCES} x {PROMPT}, tokens/s", pairs)
-        forecast = running.forecast(1, OUTPUT)
-        yield Row(mesh, "loading, s", forecast["load_s"], running.session.resident.read_seconds)
+        said_before = running.forecast(1, OUTPUT)
         assert running.session.engine is not None
         allocators = running.session.engine.scheduler.allocators
-        yield Row(mesh, "tokens of KV cache", forecast["kv_tokens"], sum(allocator.available for allocator in allocators) * 16)
+        yield Row(mesh, "tokens of KV cache", said_before["kv_tokens"], sum(allocator.available for allocator in allocators) * 16)
         if shape.tp > 1:
-            said = sum(one["count"] * one["bytes"] for one in forecast["traffic"])
+            said = sum(one["count"] * one["bytes"] for one in said_before["traffic"])
             yield Row(mesh, "bytes a rank says in a decode step", said, running.said())
     finally:
         running.session.close()

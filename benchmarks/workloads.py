@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 Values = dict[str, float]  # by label: a side, or one way of using it
+FILLING = 512  # tokens of a prompt that fills caches
 FIRST_ID = 3  # token ids below it are special
 
 
@@ -136,6 +137,11 @@ class Maker:
     def warm(self) -> dict[str, Any]:
         """What a side is asked before anything is measured."""
         return _generate(self._prompts(random.Random(1), self.sizes.wide, self.sizes.prompt), [4] * self.sizes.wide)
+
+    def fill(self, tokens: int) -> dict[str, Any]:
+        """What a side is asked to write so many tokens to its KV cache."""
+        count = tokens // FILLING
+        return _generate(self._prompts(random.Random(2), count, FILLING), [1] * count)
 
     def _prompts(self, rng: random.Random, count: int, tokens: int) -> list[list[int]]:
         return [[rng.randrange(FIRST_ID, self.vocabulary) for _ in range(tokens)] for _ in range(count)]

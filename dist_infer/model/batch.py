@@ -58,18 +58,24 @@ class Batch:
             none = torch.empty(0, dtype=torch.long, device=device)
             return cls(none, none, None, none, AttentionPlan([], none, block_size))
         tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
         logit_rows: list[int] = []
-        positions, slots, attention = [], [], []
+        attention: list[Span] = []
         for span in spans:
             count, first = len(span.tokens), len(tokens)
-            at = np.arange(span.start, span.start + count)
+            end = span.start + count
             tokens += span.tokens
-            positions.append(at)
-            slots.append(span.blocks[at // block_size].astype(np.int64) * block_size + at % block_size)
+            positions += range(span.start, end)
+            if count == 1:  # of many: an array for each would take longer than the rest
+                slots.append(int(span.blocks[span.start // block_size]) * block_size + span.start % block_size)
+            else:
+                at = np.arange(span.start, end)
+                slots += (span.blocks[at // block_size].astype(np.int64) * block_size + at % block_size).tolist()
             logit_rows += range(first + count - span.rows, first + count)
-            attention.append(Span(first, count, span.start + count, span.blocks))
-        position_array = np.concatenate(positions)
-        arrays = [np.array(tokens), position_array, np.array(logit_rows, dtype=np.int64), np.concatenate(slots)]
+            attention.append(Span(first, count, end, span.blocks))
+        position_array = np.array(positions)
+        arrays = [np.array(tokens), position_array, np.array(logit_rows, dtype=np.int64), np.array(slots)]
         token_ids, at_positions, at_rows, at_slots = all_to_device(arrays, device)
         rope_lengths = _rope_lengths(spans, position_array, rotary, device)
         return cls(token_ids, at_positions, rope_lengths, at_rows, AttentionPlan(attention, at_slots, block_size))

@@ -7,14 +7,16 @@ a block is. The structures are laid out as in `native.cpp`.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dist_infer.distributed.collectives import Communicator
 from dist_infer.distributed.shared_memory import SLOT, SharedMemory
+from dist_infer.model import huge_pages
 from dist_infer.model.attention_plan import AttentionPlan
 from dist_infer.model.cache import KVCache
 from dist_infer.model.layers import GatedMLP, Linear, RMSNorm
@@ -52,6 +54,15 @@ class _Step(ctypes.Structure):
     ]
 
 
+class _Made(NamedTuple):
+    """A step as it is told, of so many tokens; and what it adds last to the residual stream, [tokens, hidden]."""
+
+    cache: weakref.ref[KVCache]
+    reads: ctypes.Array[_Reads]
+    step: _Step
+    delta: Tensor
+
+
 class NativeBlocks:
     """The blocks of a decoder whose weights are packed for our kernels.
 
@@ -64,14 +75,18 @@ class NativeBlocks:
     def __init__(self, blocks: Sequence[Block], tp: Communicator, kernels: Kernels) -> None:
         self._blocks, self._tp, self._kernels = blocks, tp, kernels
         self._linears = [linear for block in blocks for linear in _linears(block)]
-        self._addresses = list(map(_address, self._linears))  # not the packed weights, which may be let go of
+        self._packed = [weakref.ref(_packed(linear)) for linear in self._linears]  # which may be let go of
         self._layers = (_Layer * len(blocks))(*map(_layer, blocks))
         qkv, output, _, down = _linears(blocks[0])
-        self._hidden, self._widths = qkv.inputs, (qkv.outputs, output.inputs, down.inputs)
+        self._hidden, self._widths = qkv.inputs, (qkv.inputs, qkv.inputs, qkv.outputs, output.inputs, down.inputs)
+        self._space = torch.empty(0, sum(self._widths), dtype=qkv.weight.dtype)
+        self._made: _Made | None = None
 
     def stand_for(self, blocks: Sequence[Block]) -> bool:
         """Whether these are still the blocks, and their packed weights where they were."""
-        return self._blocks is blocks and list(map(_address, self._linears)) == self._addresses
+        if self._blocks is not blocks:
+            return False
+        return all(linear.packed is not None and linear.packed is packed() for linear, packed in zip(self._linears, self._packed, strict=True))
 
     def run(self, x: Tensor, angles: Sequence[tuple[Tensor, Tensor]], cache: KVCache, plan: AttentionPlan) -> Tensor:
         """Compute the first of the blocks, as many as there are `angles`.
@@ -83,19 +98,19 @@ class NativeBlocks:
             plan: What attention reads.
 
         Returns:
-            What the last of them has still to add to `x`.
+            What the last of them has still to add to `x`; overwritten by the next call.
         """
-        delta, normed = torch.empty_like(x), torch.empty_like(x)
-        qkv, mixed, gated = (x.new_empty(len(x), width) for width in self._widths)
-        reads = (_Reads * len(angles))(
-            *(
-                (keys.data_ptr(), values.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[-1])
-                for keys, values, (cos, sin) in zip(cache.keys, cache.values, angles, strict=False)
-            )
-        )
-        buffers = (tensor.data_ptr() for tensor in (x, delta, normed, qkv, mixed, gated, self._kernels.scratch, plan.slots))
-        sizes = (len(x), self._hidden, cache.block_size, plan.spans.count, plan.spans.width)
-        step = _Step(ctypes.addressof(self._layers), ctypes.addressof(reads), *buffers, *plan.spans.pointers, *sizes)
+        made = self._made
+        if made is None or made.cache() is not cache or made.step.tokens != len(x):
+            self._made = made = None  # its memory may be let go of
+            self._made = made = self._make(cache, len(x))
+        step, delta = made.step, made.delta
+        for reads, (cos, sin) in zip(made.reads, angles, strict=False):
+            reads.cos, reads.sin, reads.rotated = cos.data_ptr(), sin.data_ptr(), cos.shape[-1]
+        spans = plan.spans
+        step.x, step.slots, step.scratch = x.data_ptr(), plan.slots.data_ptr(), self._kernels.scratch.data_ptr()
+        step.offsets, step.contexts, step.tables = spans.pointers
+        step.spans, step.table_width = spans.count, spans.width
         tp, half, end = self._tp, 0, 2 * len(angles)
         if isinstance(tp, SharedMemory) and delta.nbytes <= SLOT:
             segment = tp.lend()
@@ -107,6 +122,21 @@ class NativeBlocks:
             half = self._kernels.run_halves(step, None, tp.size == 1, half, end)
             tp.all_reduce(delta)
         return delta
+
+    def _make(self, cache: KVCache, tokens: int) -> _Made:
+        """What steps of so many tokens have in common."""
+        if tokens > len(self._space):
+            self._space = torch.empty(0, dtype=self._space.dtype)  # not both at once
+            # Kept, and in large pages: wide steps lose time in fresh memory and small ones.
+            self._space = huge_pages.zeros((1 << (tokens - 1).bit_length(), sum(self._widths)), self._space.dtype)
+        sizes = [tokens * width for width in self._widths]
+        buffers = self._space.view(-1)[: sum(sizes)].split(sizes)
+        pools = zip(cache.keys, cache.values, strict=True)
+        reads = (_Reads * len(cache.keys))(*((keys.data_ptr(), values.data_ptr()) for keys, values in pools))
+        step = _Step(layers=ctypes.addressof(self._layers), reads=ctypes.addressof(reads), block_size=cache.block_size)
+        step.delta, step.normed, step.qkv, step.mixed, step.gated = (buffer.data_ptr() for buffer in buffers)
+        step.tokens, step.hidden = tokens, self._hidden
+        return _Made(weakref.ref(cache), reads, step, buffers[0].view(tokens, self._hidden))
 
 
 def fits(block: Block) -> bool:
@@ -134,8 +164,9 @@ def _linears(block: Block) -> tuple[Linear, Linear, Linear, Linear]:
     return attention.qkv, attention.output, mlp.gate_up, mlp.down
 
 
-def _address(linear: Linear) -> int | None:
-    return linear.packed.address if isinstance(linear.packed, PackedMatrix) else None
+def _packed(linear: Linear) -> PackedMatrix:
+    assert isinstance(linear.packed, PackedMatrix)
+    return linear.packed
 
 
 def _layer(block: Block) -> _Layer:
@@ -153,6 +184,5 @@ def _layer(block: Block) -> _Layer:
 
 
 def _matrix(linear: Linear) -> _Matrix:
-    packed, bias = linear.packed, linear.bias
-    assert isinstance(packed, PackedMatrix)
+    packed, bias = _packed(linear), linear.bias
     return _Matrix(packed.address, None if bias is None else bias.data_ptr(), linear.outputs, linear.inputs, packed.together)
