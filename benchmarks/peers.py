@@ -37,7 +37,8 @@ class Peers:
         directory: For logs.
         first: What a side is asked as soon as it runs.
         warm: What it is asked before anything is measured, so that code paths have been used once.
-        fill: What a side that has a KV cache is asked then, to have written most of it once: fresh memory may cost its host seconds a GB. None: nothing.
+        fill: What a side that keeps a KV cache is asked then, to have written most of it once, for fresh memory may cost its host seconds
+            a GB; None for nothing.
     """
 
     def __init__(

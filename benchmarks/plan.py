@@ -39,6 +39,7 @@ PROMPT, OUTPUT = 128, 64  # tokens
 SCORED = 4  # of a prompt that is scored
 SEQUENCES = 32  # of prefill and scoring
 KV_GIB = 1.0
+REST_S = 15.0  # within which a hypervisor takes back what was freed: memory that another process has just had is filled several times faster
 
 
 class Row(NamedTuple):
@@ -169,7 +170,12 @@ def in_a_process_of_its_own(path: Path, shape: MeshShape) -> float:
 def compare(path: Path, shape: MeshShape, rounds: int) -> Iterator[Row]:
     """Every figure of one mesh."""
     mesh = f"fsdp={shape.fsdp} tp={shape.tp}"
-    loads = [(forecast(overrides(path, shape), 1, OUTPUT)["load_s"], in_a_process_of_its_own(path, shape)) for _ in range(rounds)]
+    loads = []
+    for _ in range(rounds):
+        time.sleep(REST_S)
+        predicted = forecast(overrides(path, shape), 1, OUTPUT)["load_s"]
+        time.sleep(REST_S)
+        loads.append((predicted, in_a_process_of_its_own(path, shape)))
     yield _median(mesh, "loading, s", loads)
     running = Running(path, shape)
     try:

@@ -61,6 +61,7 @@ def measure(dtype: torch.dtype, pack: bool, native: bool) -> Cluster:
     """
     cores, memory = len(os.sched_getaffinity(0)), free_bytes(torch.device("cpu"), 1)
     shared, gathers = _links(dtype) if cores > 1 else (Link(math.inf, 0), Link(math.inf, 0))
+    storage = _loading(dtype)  # while memory is fresh, as it is to a model that is loaded
     with torch.inference_mode():
         probe, slight = _Probe(PROBE, dtype, native), _Probe(SLIGHT, dtype, native)
         packed = plain = probe.products()
@@ -84,7 +85,7 @@ def measure(dtype: torch.dtype, pack: bool, native: bool) -> Cluster:
         gather=gathers,
         inter=Link(math.inf, 0),
         control=max(CONTROL_S, shared.latency),
-        storage=_loading(dtype),
+        storage=storage,
         packing=packing,
         layer_s=layer_s,
         step_s=step_s,
