@@ -39,7 +39,8 @@ PROMPT, OUTPUT = 128, 64  # tokens
 SCORED = 4  # of a prompt that is scored
 SEQUENCES = 32  # of prefill and scoring
 KV_GIB = 1.0
-REST_S = 15.0  # within which a hypervisor takes back what was freed: memory that another process has just had is filled several times faster
+# A hypervisor takes freed memory back within seconds. Before that it is filled several times faster than fresh memory is.
+REST_S = 15.0
 
 
 class Row(NamedTuple):
