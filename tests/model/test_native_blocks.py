@@ -121,6 +121,19 @@ def test_blocks_of_other_kinds_do_not_fit(traits: str) -> None:
 
 
 @torch.no_grad()
+def test_what_steps_keep_belongs_to_none_of_them() -> None:
+    """Steps of equal and unlike widths, each with a cache of its own, which all live on."""
+    model, plain = decoder(LLAMA, SingleRank()), decoder(LLAMA, SingleRank())
+    plain._native_blocks = lambda: None  # type: ignore[method-assign]
+    alive = []
+    for lengths in (DECODE, DECODE[::-1], MIXED, DECODE, MIXED):
+        (logits, cache), (expected, expected_cache) = step(model, lengths), step(plain, lengths)
+        assert logits.equal(expected)
+        assert all(pool.equal(other) for pool, other in zip(cache, expected_cache, strict=True))
+        alive.append(cache)
+
+
+@torch.no_grad()
 def test_weights_that_are_packed_anew_are_used() -> None:
     model = decoder(LLAMA, SingleRank())
     before, _ = step(model, DECODE)
