@@ -113,7 +113,9 @@ class SharedWork:
             try:
                 self.store.wait([key], timedelta(seconds=1))
                 return
-            except dist.DistStoreError:
+            except dist.DistNetworkError:
+                raise
+            except RuntimeError:  # a DistStoreError; a FileStore says a plain RuntimeError
                 self.check()
 
     def _key(self, name: str, number: int | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier, Event
 
 import pytest
@@ -137,12 +138,24 @@ def test_results_come_through_whole() -> None:
     assert conductor.collect() == []
 
 
-def test_waiting_ends_when_a_rank_has_failed() -> None:
-    def check() -> None:
-        raise RuntimeError("rank 1 has died")
+@pytest.mark.parametrize("kind", ["hash", "file", "tcp"])
+def test_waiting_ends_only_when_a_rank_has_failed(kind: str, tmp_path: Path) -> None:
+    checks = 0
 
-    work = SharedWork(dist.HashStore(), 2, check)
+    def check() -> None:
+        nonlocal checks
+        checks += 1
+        if checks > 1:
+            raise RuntimeError("rank 1 has died")
+
+    stores = {
+        "hash": dist.HashStore,
+        "file": lambda: dist.FileStore(str(tmp_path / "store"), 2),
+        "tcp": lambda: dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False),
+    }
+    work = SharedWork(stores[kind](), 2, check)
     with pytest.raises(RuntimeError, match="rank 1 has died"):
         work.await_call()
+    assert checks == 2, "a wait that is over for now is no failure"
     with pytest.raises(RuntimeError, match="rank 1 has died"):
         work.pause()
