@@ -25,6 +25,7 @@ typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
 typedef int64_t Longs __attribute__((vector_size(8 * WIDTH)));
+typedef double Doubles __attribute__((vector_size(8 * WIDTH)));
 
 struct bfloat16 { uint16_t bits; };
 
@@ -81,9 +82,34 @@ inline float largest(Lanes x) {
     return most;
 }
 
+// The greater, or lesser, of each number and a bound; NaN stays. (Compilers make two instructions of a choice.)
+inline Lanes at_least(Lanes x, float bound) {
+#ifdef __AVX512F__
+    return (Lanes)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)x);
+#else
+    return x < bound ? all(bound) : x;
+#endif
+}
+inline Lanes at_most(Lanes x, float bound) {
+#ifdef __AVX512F__
+    return (Lanes)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)x);
+#else
+    return x > bound ? all(bound) : x;
+#endif
+}
+
+inline Lanes floor_of(Lanes x) {
+#ifdef __AVX512F__
+    return (Lanes)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+    for (int i = 0; i < WIDTH; i++) x[i] = __builtin_floorf(x[i]);
+    return x;
+#endif
+}
+
 // e^x to about 2 units in the last place; below -87 the smallest normal number.
 inline Lanes exponential(Lanes x) {
-    x = x < -87.0f ? all(-87.0f) : x > 88.0f ? all(88.0f) : x;
+    x = at_most(at_least(x, -87.0f), 88.0f);
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     Lanes shifted = x * 1.44269504f + shift, n = shifted - shift;
     Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -527,10 +553,32 @@ template <class T> void silu_and_multiply(const T* gate_up, T* out, int64_t rows
     }
 }
 
-// As `noise.py` has it: standard Gumbel noise under each key [rows, 2] of `count` token ids, those of a row `stride` after the row before's;
-// added to `to` [rows, count], where it is given.
-void gumbel(const int64_t* keys, const int64_t* ids, const float* to, float* out, int64_t rows, int64_t count, int64_t stride) {
-    const int64_t step = (int64_t)0x9E3779B97F4A7C15ull, mix1 = (int64_t)0xBF58476D1CE4E5B9ull, mix2 = (int64_t)0x94D049BB133111EBull;
+// Noise as `noise.py` has it: ids are mixed, the keys of a row make a uniform number of each, and that makes standard Gumbel noise.
+constexpr int64_t STEP = (int64_t)0x9E3779B97F4A7C15ull, MIX1 = (int64_t)0xBF58476D1CE4E5B9ull, MIX2 = (int64_t)0x94D049BB133111EBull;
+
+inline Longs mix(Longs ids) {
+    Longs x = (ids + 1) * STEP;
+    x = (x ^ (x >> 30)) * MIX1;
+    return x ^ (x >> 27);
+}
+
+inline Lanes uniform(Longs mixed, const int64_t* keys) {
+    Longs bits = (mixed + keys[0]) * keys[1];
+    bits = ((bits ^ (bits >> 32)) * MIX2) & INT64_MAX;
+    Lanes v = __builtin_convertvector(bits, Lanes) * 0x1p-63f;
+    return at_most(at_least(v, 0x1p-64f), 1.0f - 0x1p-24f);
+}
+
+inline Lanes gumbel_of(Lanes v) {
+    Lanes rest = 1.0f - v;  // log(1 - v), with what the subtraction lost
+    return -logarithm((v - (1.0f - rest)) / rest - logarithm(rest));
+}
+
+// More than `gumbel_of`, which is below -log(v), by 0.06 at most where noise is great: a logarithm whose mantissa is taken for a straight line.
+inline Lanes more_than_gumbel_of(Lanes v) { return (127.0f - __builtin_convertvector((Ints)v, Lanes) * 0x1p-23f) * 0.69314718f + 1e-4f; }
+
+// Noise under each key [rows, 2] of `count` token ids, those of a row `stride` after the row before's.
+void gumbel(const int64_t* keys, const int64_t* ids, float* out, int64_t rows, int64_t count, int64_t stride) {
     constexpr int64_t CHUNK = 32;  // vectors of ids that are mixed once for all rows
 #pragma omp parallel for
     for (int64_t chunk = 0; chunk < count; chunk += CHUNK * WIDTH) {
@@ -539,22 +587,10 @@ void gumbel(const int64_t* keys, const int64_t* ids, const float* to, float* out
         for (int64_t row = 0; row < rows; row++) {
             if (!row || stride) {
                 memcpy(mixed, ids + row * stride + chunk, (end - chunk) * sizeof(int64_t));
-                for (Longs& x : mixed) {
-                    x = (x + 1) * step;
-                    x = (x ^ (x >> 30)) * mix1;
-                    x ^= x >> 27;
-                }
+                for (Longs& x : mixed) x = mix(x);
             }
-            for (int64_t first = chunk; first < end; first += WIDTH) {
-                Longs bits = (mixed[(first - chunk) / WIDTH] + keys[2 * row]) * keys[2 * row + 1];
-                bits = ((bits ^ (bits >> 32)) * mix2) & INT64_MAX;
-                Lanes v = __builtin_convertvector(bits, Lanes) * 0x1p-63f;
-                v = v < 0x1p-64f ? all(0x1p-64f) : v > 1.0f - 0x1p-24f ? all(1.0f - 0x1p-24f) : v;
-                Lanes rest = 1.0f - v;  // log(1 - v), with what the subtraction lost
-                Lanes minus_log = -(logarithm(rest) - (v - (1.0f - rest)) / rest);
-                Lanes before = to ? load(to + row * count + first, end - first) : Lanes{};
-                store(out + row * count + first, before - logarithm(minus_log), end - first);
-            }
+            for (int64_t first = chunk; first < end; first += WIDTH)
+                store(out + row * count + first, gumbel_of(uniform(mixed[(first - chunk) / WIDTH], keys + 2 * row)), end - first);
         }
     }
 }
@@ -597,65 +633,146 @@ void best_of_rows(const float* x, float* best, int64_t* index, float* exponentia
     }
 }
 
-// The first `few` of each row, in order: the greater first, among equals the lower index. A row with too many NaN ends with -infinity.
-void best_few(const float* x, float* values, int64_t* index, int64_t rows, int64_t size, int64_t few) {
-    constexpr int64_t GROUP = 4 * WIDTH;
-#pragma omp parallel for if (rows * size > 16384)
-    for (int64_t row = 0; row < rows; row++) {
-        const float* from = x + row * size;
-        std::vector<float> most((size + GROUP - 1) / GROUP);
-        for (int64_t group = 0; group < (int64_t)most.size(); group++) {
-            Lanes greatest = all(-INFINITY);
-            for (int64_t i = group * GROUP; i < size && i < (group + 1) * GROUP; i += WIDTH) {
-                Lanes value = load_or_least(from + i, size - i);
-                greatest = value > greatest ? value : greatest;
-            }
-            most[group] = largest(greatest);
+// A bit for each of the values that are at least so great.
+inline uint32_t reaching(Lanes values, float least) {
+#ifdef __AVX512F__
+    return _mm512_cmp_ps_mask((__m512)values, _mm512_set1_ps(least), _CMP_GE_OQ);
+#else
+    Ints reach = values >= least;
+    uint32_t bits = 0;
+    for (int i = 0; i < WIDTH; i++) bits |= (reach[i] & 1u) << i;
+    return bits;
+#endif
+}
+
+// The `few` best of a row: the greater value first, among equals the lower index.
+class Best {
+    int64_t few, limit;
+    std::vector<std::pair<float, int64_t>> found;  // by the negative, so that pairs compare as they should
+
+  public:
+    float least = -INFINITY;  // what is below it is not among them
+
+    explicit Best(int64_t few) : few(few), limit(few + 2 * WIDTH) { found.reserve(limit + WIDTH); }
+
+    void offer(Lanes values, int64_t first, int64_t count) {
+        uint32_t reach = reaching(values, least);
+        if (count < WIDTH) reach &= (1u << count) - 1;
+        for (; reach; reach &= reach - 1) {
+            int i = __builtin_ctz(reach);
+            found.emplace_back(-values[i], first + i);
         }
-        float least = -INFINITY;  // of the `few` greatest groups: nothing below it is among the first
-        if ((int64_t)most.size() >= few) {
-            std::vector<float> sorted(most);
-            std::nth_element(sorted.begin(), sorted.begin() + few - 1, sorted.end(), std::greater<float>());
-            least = sorted[few - 1];
-        }
-        std::vector<std::pair<float, int64_t>> found;  // by the negative, so that pairs compare as they should
-        for (int64_t group = 0; group < (int64_t)most.size(); group++)
-            for (int64_t i = group * GROUP; most[group] >= least && i < size && i < (group + 1) * GROUP; i++)
-                if (from[i] >= least) found.emplace_back(-from[i], i);
+        if ((int64_t)found.size() < limit) return;
+        std::nth_element(found.begin(), found.begin() + few - 1, found.end());
+        found.resize(few);
+        least = -found[few - 1].first;
+    }
+
+    // In order; fewer than wanted where there was too much NaN: then -infinity at index 0.
+    void write(float* values, int64_t* index) {
         int64_t count = std::min<int64_t>(few, found.size());
         std::partial_sort(found.begin(), found.begin() + count, found.end());
         for (int64_t i = 0; i < few; i++) {
-            values[row * few + i] = i < count ? -found[i].first : -INFINITY;
-            index[row * few + i] = i < count ? found[i].second : 0;
+            values[i] = i < count ? -found[i].first : -INFINITY;
+            index[i] = i < count ? found[i].second : 0;
         }
+    }
+};
+
+// The first `few` of each row, in order.
+void best_few(const float* x, float* values, int64_t* index, int64_t rows, int64_t size, int64_t few) {
+#pragma omp parallel for if (rows * size > 16384)
+    for (int64_t row = 0; row < rows; row++) {
+        Best best(few);
+        for (int64_t i = 0; i < size; i += WIDTH) {
+            Lanes value = load_or_least(x + row * size + i, size - i);
+            if (reaching(value, best.least)) best.offer(value, i, size - i);
+        }
+        best.write(values + row * few, index + row * few);
     }
 }
 
-// As `summary.py` has it: sums of exp(x - greatest of the row), and numbers of tokens, in `bins` bins, `per_unit` of them a unit, downwards from the greatest's;
-// all below them in the last. Numbers only where there is room for them.
-void histogram(const float* x, const float* greatest, double* masses, double* counts, int64_t rows, int64_t size, int64_t bins, float per_unit) {
-    auto bin_of = [=](Lanes value) {
-        value *= per_unit;
-        for (int i = 0; i < WIDTH; i++) value[i] = __builtin_floorf(value[i]);
-        return value < -0x1p30f ? all(-0x1p30f) : value > 0x1p30f ? all(0x1p30f) : value;
-    };
-#pragma omp parallel for
-    for (int64_t row = 0; row < rows; row++) {
-        double *mass = masses + row * (bins + 1), *number = counts ? counts + row * (bins + 1) : nullptr;
-        std::vector<double> other(bins + 1);  // every second one's: neighbours are often in one bin, and need not wait for each other
-        Lanes top = bin_of(all(greatest[row]));
-        for (int64_t i = 0; i < size; i += WIDTH) {
-            Lanes value = load(x + row * size + i, size - i), below = top - bin_of(value), weight = exponential(value - greatest[row]);
-            below = below > (float)bins ? all(bins) : below > 0.0f ? below : Lanes{};  // NaN, too, to the first
-            int32_t bin[WIDTH];
-            float of[WIDTH];
-            Ints at = __builtin_convertvector(below, Ints);
-            memcpy(bin, &at, sizeof bin), memcpy(of, &weight, sizeof of);
-            int64_t some = size - i < WIDTH ? size - i : WIDTH;
-            for (int64_t j = 0; j < some; j++) (j % 2 ? other[bin[j]] : mass[bin[j]]) += of[j];
-            for (int64_t j = 0; number && j < some; j++) number[bin[j]] += 1;
+// A row of logits, as `draws.py` draws from it.
+struct Drawn {
+    const float* logits;
+    float temperature, greatest;  // `greatest` of the scaled logits
+    const int64_t* keys;
+    double *masses, *counts;  // of each bin; null where not wanted
+};
+
+constexpr int64_t PIECE = 32 * WIDTH;  // of a row
+
+// Sums of exp(scaled - greatest), and numbers of tokens, in `bins` bins, `per_unit` of them a unit, downwards from the greatest's; all below
+// them in the last.
+class Histogram {
+    static constexpr int PARTS = 4;  // neighbours are often in one bin, and need not wait for each other
+    const Drawn& row;
+    int64_t bins;
+    float per_unit;
+    Lanes top;
+    std::vector<double> parts;
+
+    Lanes bin_of(Lanes value) const { return at_most(at_least(floor_of(value * per_unit), -0x1p30f), 0x1p30f); }
+
+  public:
+    Histogram(const Drawn& row, int64_t bins, float per_unit)
+        : row(row), bins(bins), per_unit(per_unit), top(bin_of(all(row.greatest))), parts(row.masses ? PARTS * (bins + 1) : 0) {}
+
+    // A piece of the row, with room for whole vectors. One pass for the vectors, one for their parts: neither waits for the other.
+    void add(const float* scaled, int64_t count) {
+        int32_t bin[PIECE];
+        double weight[PIECE], *sums = parts.data();
+        for (int64_t i = 0; i < count; i += WIDTH) {
+            Lanes value = load(scaled + i), below = top - bin_of(value);
+            below = below > 0.0f ? below : Lanes{};  // NaN, too
+            Ints at = __builtin_convertvector(at_most(below, bins), Ints);
+            Doubles weights = __builtin_convertvector(exponential(value - row.greatest), Doubles);
+            memcpy(bin + i, &at, sizeof at), memcpy(weight + i, &weights, sizeof weights);
         }
-        for (int64_t bin = 0; bin <= bins; bin++) mass[bin] += other[bin];
+        int64_t i = 0;
+        for (; i + PARTS <= count; i += PARTS)
+            for (int64_t part = 0; part < PARTS; part++) sums[part * (bins + 1) + bin[i + part]] += weight[i + part];
+        for (; i < count; i++) sums[bin[i]] += weight[i];
+        for (i = 0; row.counts && i < count; i++) row.counts[bin[i]] += 1;
+    }
+
+    void finish() const {
+        for (int64_t i = 0; i < (int64_t)parts.size(); i++) row.masses[i % (bins + 1)] += parts[i];
+    }
+};
+
+// Of each row's logits, divided by its temperature, the `few` best with noise, where they are and what they were without; and its histogram.
+// Noise is computed only where it may make a token one of the best.
+void draw(const Drawn* drawn, int64_t first_token, float* noised, int64_t* index, float* scaled, int64_t rows, int64_t size, int64_t few,
+          int64_t bins, float per_unit) {
+    std::vector<Longs> mixed((size + WIDTH - 1) / WIDTH);
+#pragma omp parallel
+    {
+#pragma omp for
+        for (int64_t i = 0; i < (int64_t)mixed.size(); i++) {
+            Longs ids;
+            for (int lane = 0; lane < WIDTH; lane++) ids[lane] = first_token + i * WIDTH + lane;
+            mixed[i] = mix(ids);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < rows; row++) {
+            const Drawn& of = drawn[row];
+            Best best(few);
+            Histogram histogram(of, bins, per_unit);
+            float piece[PIECE];
+            for (int64_t first = 0; first < size; first += PIECE) {
+                int64_t end = std::min(first + PIECE, size);
+                for (int64_t i = first; i < end; i += WIDTH) store(piece + i - first, load_or_least(of.logits + i, end - i) / of.temperature);
+                if (of.masses) histogram.add(piece, end - first);
+                for (int64_t i = first; i < end; i += WIDTH) {
+                    Lanes value = load(piece + i - first), v = uniform(mixed[i / WIDTH], of.keys);
+                    if (reaching(value + more_than_gumbel_of(v), best.least)) best.offer(value + gumbel_of(v), i, end - i);
+                }
+            }
+            if (of.masses) histogram.finish();
+            best.write(noised + row * few, index + row * few);
+            for (int64_t i = row * few; i < (row + 1) * few; i++) scaled[i] = of.logits[index[i]] / of.temperature;
+        }
     }
 }
 
@@ -908,12 +1025,12 @@ extern "C" void best_of_rows_float(const float* x, float* best, int64_t* index, 
 extern "C" void best_few_float(const float* x, float* values, int64_t* index, int64_t rows, int64_t size, int64_t few) {
     best_few(x, values, index, rows, size, few);
 }
-extern "C" void gumbel_noise(const int64_t* keys, const int64_t* ids, const float* to, float* out, int64_t rows, int64_t count, int64_t stride) {
-    gumbel(keys, ids, to, out, rows, count, stride);
+extern "C" void gumbel_noise(const int64_t* keys, const int64_t* ids, float* out, int64_t rows, int64_t count, int64_t stride) {
+    gumbel(keys, ids, out, rows, count, stride);
 }
-extern "C" void add_histogram(const float* x, const float* greatest, double* masses, double* counts, int64_t rows, int64_t size, int64_t bins,
-                              float per_unit) {
-    histogram(x, greatest, masses, counts, rows, size, bins, per_unit);
+extern "C" void draw_rows(const Drawn* drawn, int64_t first_token, float* noised, int64_t* index, float* scaled, int64_t rows, int64_t size,
+                          int64_t few, int64_t bins, float per_unit) {
+    draw(drawn, first_token, noised, index, scaled, rows, size, few, bins, per_unit);
 }
 
 // `runs` runs of `length` bytes, one every `stride` bytes of the file, one after another into memory. The bytes read: all of them,

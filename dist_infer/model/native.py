@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -38,8 +39,8 @@ _FUNCTIONS = (
     ("read_runs", [_INT, _POINTER] + [_INT] * 4, _INT),
     ("best_of_rows_float", [_POINTER] * 4 + [_INT] * 2, None),
     ("best_few_float", [_POINTER] * 3 + [_INT] * 3, None),
-    ("gumbel_noise", [_POINTER] * 4 + [_INT] * 3, None),
-    ("add_histogram", [_POINTER] * 4 + [_INT] * 3 + [_FLOAT], None),
+    ("gumbel_noise", [_POINTER] * 3 + [_INT] * 3, None),
+    ("draw_rows", [_POINTER, _INT] + [_POINTER] * 3 + [_INT] * 4 + [_FLOAT], None),
 )
 _LANES, _TILE = 16, 12  # WIDTH and TILE of native.cpp
 _NEAR = 1 << 19  # bytes of inputs that stay in a core's own cache while a packed weight passes by
@@ -272,43 +273,72 @@ def best_few(values: Tensor, few: int) -> tuple[Tensor, Tensor] | None:
     return found, index
 
 
-def gumbel(keys: Tensor, ids: Tensor, to: Tensor | None = None) -> Tensor | None:
+def gumbel(keys: Tensor, ids: Tensor) -> Tensor | None:
     """Gumbel noise [rows, n] float32 of CPU token ids [n] or [rows, n] under keys [rows, 2], int64; None where there are no kernels.
 
     Args:
         keys: From `noise.row_keys`.
         ids: Token ids.
-        to: What it is added to, [rows, n] float32; nothing by default.
     """
     library = _library()
     if library is None:
         return None
     keys, ids = keys.contiguous(), ids.contiguous()
     out = torch.empty(len(keys), ids.shape[-1])
-    to = to if to is None else to.contiguous()
-    library.gumbel_noise(_at(keys), _at(ids), _at(to), _at(out), *out.shape, ids.shape[-1] if ids.dim() > 1 else 0)
+    library.gumbel_noise(_at(keys), _at(ids), _at(out), *out.shape, ids.shape[-1] if ids.dim() > 1 else 0)
     return out
 
 
-def histogram(values: Tensor, greatest: Tensor, bins: int, per_unit: float, with_counts: bool) -> tuple[Tensor, Tensor] | None:
-    """Sums of exp(value - greatest), and numbers of values, in each bin below the greatest's; None where there are no kernels.
+class _Drawn(ctypes.Structure):
+    _fields_ = [
+        *(("logits", _POINTER), ("temperature", _FLOAT), ("greatest", _FLOAT)),
+        *((name, _POINTER) for name in ("keys", "masses", "counts")),
+    ]
+
+
+def draw(
+    logits: Tensor,
+    rows: Sequence[int],
+    temperature: Tensor,
+    greatest: Tensor,
+    keys: Tensor,
+    first_token: int,
+    few: int,
+    masses: Mapping[int, Tensor],
+    counts: Mapping[int, Tensor],
+    per_unit: float,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The best tokens of some rows with Gumbel noise on logits divided by a temperature, and histograms; None where there are no kernels.
 
     Args:
-        values: [rows, n] float32, contiguous, on the CPU.
-        greatest: [rows, 1], of each row.
-        bins: How many; all values below them are in one more.
+        logits: [R, n] float32, contiguous, on the CPU.
+        rows: Which of them.
+        temperature: [rows] float32.
+        greatest: [rows] float32, the greatest of each after the division.
+        keys: [rows, 2] int64, from `noise.row_keys`.
+        first_token: Id of the first column.
+        few: How many tokens.
+        masses: By place in `rows`, [bins + 1] float64 to add sums of exp(value - greatest) to; of rows whose histogram is wanted.
+        counts: The same for numbers of tokens, where these are wanted, too.
         per_unit: Bins in 1.
-        with_counts: Whether the numbers are wanted; they are 0 otherwise.
 
     Returns:
-        Both [rows, bins + 1] float64.
+        The first `few` of each row, the greater first, [rows, few]: values with noise, index, values without.
     """
     library = _library()
     if library is None:
         return None
-    masses, counts = torch.zeros(2, len(values), bins + 1, dtype=torch.float64)
-    library.add_histogram(_at(values), _at(greatest), _at(masses), _at(counts) if with_counts else None, *values.shape, bins, per_unit)
-    return masses, counts
+    assert logits.is_contiguous() and keys.is_contiguous(), "rows are found by their size"
+    count, size = len(rows), logits.shape[1]
+    starts = (logits.data_ptr() + row * size * logits.element_size() for row in rows)
+    keys_of = range(keys.data_ptr(), keys.data_ptr() + 16 * count, 16)
+    sums = ((_at(masses.get(i)), _at(counts.get(i))) for i in range(count))
+    fields = zip(starts, temperature.tolist(), greatest.tolist(), keys_of, sums, strict=True)
+    drawn = (_Drawn * count)(*((start, divisor, most, key, *of) for start, divisor, most, key, of in fields))
+    noised, index, scaled = torch.empty(count, few), torch.empty(count, few, dtype=torch.int64), torch.empty(count, few)
+    bins = next((len(mass) - 1 for mass in masses.values()), 0)
+    library.draw_rows(ctypes.addressof(drawn), first_token, _at(noised), _at(index), _at(scaled), count, size, few, bins, per_unit)
+    return noised, index, scaled
 
 
 @functools.cache

@@ -62,9 +62,7 @@ def noised(scaled: Tensor, keys: np.ndarray, first_token: int) -> Tensor:
         from dist_infer.sampling.cuda_noise import add_gumbel  # half a second that no start on CPU should cost
 
         return add_gumbel(scaled.contiguous(), keys, first_token, (_signed(_STEP), _signed(_MIX1), _signed(_MIX2)))
-    ids = torch.arange(first_token, first_token + scaled.shape[1], device=scaled.device)
-    compiled = native.gumbel(torch.from_numpy(keys), ids, scaled) if scaled.device.type == "cpu" else None
-    return gumbel(keys, ids).add_(scaled) if compiled is None else compiled
+    return gumbel(keys, torch.arange(first_token, first_token + scaled.shape[1], device=scaled.device)).add_(scaled)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_infer.sampling.draws import BINS, BINS_PER_NAT
 from dist_infer.sampling.noise import gumbel, row_keys
 from dist_infer.sampling.slots import SlotParams
-from dist_infer.sampling.summary import BINS, BINS_PER_NAT, SummaryLayout, shortlisted
+from dist_infer.sampling.summary import SummaryLayout, shortlisted
 
 MARGIN = 1e-5  # relative; summed probabilities are known to about 1e-6
 
@@ -149,7 +150,7 @@ def resolve(processed: Tensor, raw: Tensor | None, params: SlotParams, position:
         position: Position of the token to decide.
     """
     scaled = processed.numpy() / np.float32(params.temperature)
-    order = np.argsort(-scaled, kind="stable")
+    order = _order(scaled)
     if params.top_k > 0:
         order = order[: params.top_k]
     keep = _kept(scaled[None, order], [params])[0]
@@ -160,6 +161,15 @@ def resolve(processed: Tensor, raw: Tensor | None, params: SlotParams, position:
         return Resolved(token, None)
     logits = raw.double()
     return Resolved(token, float(logits[token] - logits.logsumexp(0)))
+
+
+def _order(values: np.ndarray) -> np.ndarray:
+    """Indices of `values` [n] float32, the greater first, among equals the lower first: sorted as integers, several times faster."""
+    bits = (-values + np.float32(0)).view(np.int32)  # + 0: minus zero equals zero
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64) << 32
+    keys |= np.arange(len(values))
+    keys.sort()
+    return keys & 0xFFFFFFFF
 
 
 def _noise(params: Sequence[SlotParams], positions: Sequence[int], ids: np.ndarray) -> np.ndarray:
@@ -272,10 +282,9 @@ def _judge(
 
 def _aligned(histograms: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     """The sum [rows, BINS + 1] of the shards' histograms [rows, shards, BINS + 1], each begun `shifts` [rows, shards] bins lower."""
-    total = np.zeros((histograms.shape[0], BINS + 1))
-    bins = (np.arange(BINS + 1) + shifts[:, :, None]).clip(0, BINS)
-    np.add.at(total, (np.arange(len(total))[:, None, None], bins), histograms.astype(np.float64))
-    return total
+    rows = len(histograms)
+    bins = (np.arange(BINS + 1) + shifts[:, :, None]).clip(0, BINS) + np.arange(0, rows * (BINS + 1), BINS + 1)[:, None, None]
+    return np.bincount(bins.ravel(), histograms.ravel(), minlength=rows * (BINS + 1)).reshape(rows, BINS + 1)
 
 
 def _around(until: np.ndarray, bins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,25 +7,23 @@ gathered, never added. Words: *raw* logits are the model's; *processed* ones hav
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dist_infer.model import native
 from dist_infer.model.transfer import to_device
-from dist_infer.sampling.noise import noised, row_keys
+from dist_infer.sampling.draws import BINS, draw, pick
 from dist_infer.sampling.processors import changes, process
 from dist_infer.sampling.ranking import best, log_sum, top
 from dist_infer.sampling.slots import NO_LOGPROBS, Rows, SlotParams, SlotTable
 
 SHORTLIST = 64  # up to this top_k the shards send the whole of it
-NOISED = 64  # best noised tokens a shard sends where a filter may refuse some
-BINS = 512  # bins of a histogram, downwards from the shard's best
-BINS_PER_NAT = 32
+NOISED = 64  # best noised tokens a shard sends where a filter may refuse many
+ALL_REFUSED = 1e-6  # as likely may a filter by probability alone refuse all of them: then the row is resolved
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class SummaryLayout:
 
     Attributes:
         shortlist: Best scaled tokens, for rows whose top_k is at most `SHORTLIST`.
-        noised: Best noised tokens: 1 where rows keep all tokens, `NOISED` where some row filters.
+        noised: Best noised tokens: 1 where rows keep all tokens, more where some row filters.
         logprobs: Best raw tokens; -1 when no row wants logprobs.
         targets: Whether some row is scored.
         masses: Whether the probability in each bin of logits is wanted (top_p).
@@ -59,8 +57,7 @@ class SummaryLayout:
             if shortlisted(p):
                 shortlist = max(shortlist, p.top_k)
                 continue
-            filters = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
-            noised = max(noised, NOISED if filters else 1)
+            noised = max(noised, _noised(p))
             masses = masses or p.top_p < 1
             counts = counts or p.top_k > 0
         return cls(shortlist, noised, logprobs, has_targets, masses, counts)
@@ -115,19 +112,18 @@ class SummaryLayout:
             yield "counts", BINS + 1
 
 
+def _noised(params: SlotParams) -> int:
+    """Best noised tokens that a drawn row needs: each is one that a filter by probability refuses with probability 1 - top_p."""
+    if params.top_k > 0 or params.min_p > 0:
+        return NOISED
+    if params.top_p == 1:
+        return 1
+    return min(NOISED, 1 + math.ceil(math.log(ALL_REFUSED) / math.log1p(-params.top_p)))  # the last says only where knowledge ends
+
+
 def shortlisted(params: SlotParams) -> bool:
     """Whether a drawn row's whole top_k travels in its summaries."""
     return 0 < params.top_k <= SHORTLIST
-
-
-def bin_of(scaled: Tensor) -> Tensor:
-    """Bin of each scaled logit on the grid that all shards share, int64; a greater logit's is no lower."""
-    return (scaled * BINS_PER_NAT).floor().clamp(-(2.0**30), 2.0**30).long()
-
-
-def reference(values: Tensor) -> Tensor:
-    """The greatest of each row [rows, 1], to measure the others from; finite even where a slice is all -inf."""
-    return values.amax(dim=1, keepdim=True).clamp_min(torch.finfo(values.dtype).min)
 
 
 @dataclass(frozen=True)
@@ -180,30 +176,13 @@ def summarize(logits: Tensor, layout: SummaryLayout, rows: Rows, table: SlotTabl
     if raw is not None:
         summary.put("best_raw", raw.gather(1, index[:, None]))
     drawn = [r for r, p in enumerate(params) if rows.sampled(r) and not p.greedy]
-    if drawn:
-        temperature = to_device([params[r].temperature for r in drawn], logits.device, torch.float32)
-        # A tensor of divisors: dividing by a number may become multiplying by its inverse, which rounds otherwise.
-        scaled = pick(logits, drawn) / temperature[:, None]
-        short = [i for i, r in enumerate(drawn) if shortlisted(params[r])]
-        if short:
-            _short_fields(summary, pick(scaled, short), raw, [drawn[i] for i in short])
-        rest = [i for i, r in enumerate(drawn) if not shortlisted(params[r])]
-        if rest:
-            at = [drawn[i] for i in rest]
-            keys = row_keys([params[r].seed for r in at], [params[r].sequence for r in at], [rows.positions[r] for r in at])
-            scaled = pick(scaled, rest)
-            _noised_fields(summary, scaled, raw, at, keys)
-            binned = [i for i, r in enumerate(at) if params[r].top_p < 1 or params[r].top_k > 0]
-            if binned:
-                _histogram_fields(summary, pick(scaled, binned), [at[i] for i in binned])
+    short = [r for r in drawn if shortlisted(params[r])]
+    if short:
+        _short_fields(summary, logits, raw, short, [params[r].temperature for r in short])
+    rest = [r for r in drawn if not shortlisted(params[r])]
+    if rest:
+        _noised_fields(summary, logits, value, raw, rest, [params[r] for r in rest], [rows.positions[r] for r in rest])
     return summary.data, HeldRows(logits, raw)
-
-
-def pick(values: Tensor, rows: list[int]) -> Tensor:
-    """The given rows (ascending) of `values`; `values` itself when they are all of them."""
-    if len(rows) == values.shape[0]:
-        return values
-    return values[to_device(rows, values.device)]
 
 
 class _Summary:
@@ -248,51 +227,31 @@ def _raw_fields(summary: _Summary, logits: Tensor, rows: Rows) -> None:
         summary.put_ids("top_id", index)
 
 
-def _short_fields(summary: _Summary, scaled: Tensor, raw: Tensor | None, at: list[int]) -> None:
+def _short_fields(summary: _Summary, logits: Tensor, raw: Tensor | None, rows: list[int], temperatures: list[float]) -> None:
     """The best tokens of rows with a small top_k."""
+    scaled = pick(logits, rows) / to_device(temperatures, logits.device, torch.float32)[:, None]
     values, index = top(scaled, min(summary.layout.shortlist, scaled.shape[1]))
-    summary.put("short", values, at)
-    summary.put_ids("short_id", index, at)
+    summary.put("short", values, rows)
+    summary.put_ids("short_id", index, rows)
     if raw is not None:
-        summary.put("short_raw", pick(raw, at).gather(1, index), at)
+        summary.put("short_raw", pick(raw, rows).gather(1, index), rows)
 
 
-def _noised_fields(summary: _Summary, scaled: Tensor, raw: Tensor | None, at: list[int], keys: np.ndarray) -> None:
-    """The best noised tokens of rows that keep more than a shortlist."""
-    vocab_local = scaled.shape[1]
-    total = noised(scaled, keys, summary.first_token)
-    if summary.layout.noised == 1:
-        values, index = best(total)
-        index = index[:, None]
-    else:
-        values, index = top(total, min(summary.layout.noised, vocab_local))
-    summary.put("noised", values, at)
-    summary.put_ids("noised_id", index, at)
-    summary.put("noised_scaled", scaled.gather(1, index), at)
+def _noised_fields(
+    summary: _Summary, logits: Tensor, greatest: Tensor, raw: Tensor | None, rows: list[int], params: list[SlotParams], positions: list[int]
+) -> None:
+    """The best noised tokens of rows that keep more than a shortlist, and their histograms where they filter."""
+    layout = summary.layout
+    drawn = draw(logits, greatest, rows, params, positions, summary.first_token, min(layout.noised, logits.shape[1]))
+    summary.put("noised", drawn.noised, rows)
+    summary.put_ids("noised_id", drawn.index, rows)
+    summary.put("noised_scaled", drawn.scaled, rows)
     if raw is not None:
-        summary.put("noised_raw", pick(raw, at).gather(1, index), at)
-
-
-def _histogram_fields(summary: _Summary, scaled: Tensor, at: list[int]) -> None:
-    """Probability and number of tokens in each bin of scaled logits."""
-    greatest = reference(scaled)
-    summary.put("top_bin", bin_of(greatest).to(torch.int32).view(torch.float32), at)
-    masses, counts = histogram(scaled, greatest, summary.layout.counts)
-    if summary.layout.masses:
-        summary.put("masses", masses, at)
-    if summary.layout.counts:
-        summary.put("counts", counts, at)
-
-
-def histogram(scaled: Tensor, greatest: Tensor, with_counts: bool = True) -> tuple[Tensor, Tensor]:
-    """Sums of exp(scaled - greatest), and numbers of tokens if they are wanted, in each bin, both [rows, BINS + 1].
-
-    In double precision, so that a bin of many tokens is known far better than the leader's margin.
-    """
-    compiled = native.histogram(scaled.contiguous(), greatest, BINS, BINS_PER_NAT, with_counts) if scaled.device.type == "cpu" else None
-    if compiled is not None:
-        return compiled
-    bins = (bin_of(greatest) - bin_of(scaled)).clamp_(0, BINS)
-    empty = torch.zeros(len(scaled), BINS + 1, dtype=torch.float64, device=scaled.device)
-    masses = empty.scatter_add(1, bins, (scaled - greatest).exp_().double())
-    return masses, empty.scatter_add(1, bins, torch.ones((), dtype=torch.float64, device=scaled.device).expand_as(bins))
+        summary.put("noised_raw", pick(raw, rows).gather(1, drawn.index), rows)
+    histograms = drawn.histograms
+    if histograms is not None:
+        summary.put("top_bin", histograms.top_bin.to(torch.int32).view(torch.float32), histograms.rows)
+        if layout.masses:
+            summary.put("masses", histograms.masses, histograms.rows)
+        if layout.counts:
+            summary.put("counts", histograms.counts, histograms.rows)
