@@ -17,6 +17,7 @@ from dist_infer.checkpoint.reader import LoadReport
 from dist_infer.checkpoint.relay import Relay
 from dist_infer.config.loader import LoaderOptions
 from dist_infer.distributed.mesh import Mesh
+from dist_infer.model import huge_pages
 from dist_infer.model.config import ModelConfig
 from dist_infer.model.decoder import Decoder
 from dist_infer.model.layers import Linear
@@ -47,7 +48,9 @@ class ModelShard:
         self.decoder = decoder.to_empty(device=device)
         if not isinstance(decoder, Decoder):
             decoder.restore()
-        elif config.tied_head:
+        elif mesh.fsdp_device_mesh is None and device.type == "cpu":
+            huge_pages.use(decoder)
+        if isinstance(decoder, Decoder) and config.tied_head:
             decoder.head.weight = decoder.embedding.weight
         prefer_huge_pages(self.destinations().values())
 

@@ -29,6 +29,7 @@ from dist_infer.distributed.collectives import SingleRank
 from dist_infer.distributed.shared_memory import SharedMemory, segment_size
 from dist_infer.engine.cluster import CONTROL_S, Cluster, Link, Rates
 from dist_infer.engine.memory import free_bytes
+from dist_infer.model import huge_pages
 from dist_infer.model.batch import Batch, TokenSpan
 from dist_infer.model.cache import KVCache
 from dist_infer.model.config import ModelConfig
@@ -107,6 +108,7 @@ class _Probe:
         with torch.device("meta"):
             decoder = Decoder(config, SingleRank(), cpu).to(dtype)
         self.decoder = decoder.to_empty(device=cpu)
+        huge_pages.use(self.decoder)
         for parameter in self.decoder.parameters():
             parameter.fill_(0.01)
         self.decoder.use(kernels(dtype) if native else None)

@@ -7,7 +7,7 @@ import mmap
 from contextlib import suppress
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PAGE = 2 << 20  # bytes of a large page on x86-64
 
@@ -22,3 +22,11 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         memory.madvise(mmap.MADV_HUGEPAGE)
     start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % PAGE
     return torch.frombuffer(memory, dtype=dtype, offset=start, count=math.prod(shape)).view(shape)
+
+
+def use(module: nn.Module) -> None:
+    """Give the larger parameters of a module on the CPU, which is still to be filled, such memory."""
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if parameter.nbytes >= PAGE:
+                setattr(owner, name, nn.Parameter(zeros(tuple(parameter.shape), parameter.dtype), requires_grad=False))

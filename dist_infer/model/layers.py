@@ -13,7 +13,7 @@ from dist_infer.distributed.collectives import Communicator
 from dist_infer.model.config import ModelConfig
 from dist_infer.model.layer import Layer
 from dist_infer.model.native import Kernels
-from dist_infer.model.packed import PackedProduct, packed_gated_product, packed_product
+from dist_infer.model.packed import PackedProduct, is_in, packed_gated_product, packed_product
 
 # By their names in ModelConfig.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -40,6 +40,7 @@ class Linear(Layer):
         self.weight = nn.Parameter(torch.empty(outputs, inputs), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(outputs), requires_grad=False) if bias else None
         self.packed: PackedProduct | None = None
+        self._room: Tensor | None = None  # of the plain weight, where the packed one lies
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, inputs] -> [tokens, outputs]."""
@@ -57,18 +58,24 @@ class Linear(Layer):
         Args:
             keep_weight: Something else reads the plain weight (a tied embedding does).
         """
-        self._use(packed_product(self.weight.detach(), self.kernels), keep_weight)
+        self._use(packed_product(self.weight.detach(), self.kernels, not keep_weight), keep_weight)
 
     def _use(self, product: PackedProduct | None, keep_weight: bool) -> None:
         self.packed = product
         if product is not None and not keep_weight:
-            self.weight = nn.Parameter(torch.empty(0, self.inputs, dtype=self.weight.dtype), requires_grad=False)
+            self._let_go(is_in(product, self.weight))
+
+    def _let_go(self, in_place: bool) -> None:
+        """There is no plain weight any more; `in_place`: its memory is in use."""
+        self._room = self.weight.detach() if in_place else None
+        self.weight = nn.Parameter(torch.empty(0, self.inputs, dtype=self.weight.dtype), requires_grad=False)
 
     def unpack(self) -> None:
         """Let go of the packed weight, and make room for a plain one to be filled."""
         self.packed = None
         if not len(self.weight):
-            self.weight = nn.Parameter(torch.empty(self.outputs, self.inputs, dtype=self.weight.dtype), requires_grad=False)
+            room = torch.empty(self.outputs, self.inputs, dtype=self.weight.dtype) if self._room is None else self._room
+            self.weight, self._room = nn.Parameter(room, requires_grad=False), None
 
 
 class GatedLinear(Linear):
@@ -90,7 +97,7 @@ class GatedLinear(Linear):
 
     def pack(self, keep_weight: bool) -> None:
         """As `Linear`; with the gate in the same pass where there is such a product."""
-        product = packed_gated_product(self.weight.detach(), self.kernels) if self.activation == "silu" else None
+        product = packed_gated_product(self.weight.detach(), self.kernels, not keep_weight) if self.activation == "silu" else None
         self.gates_itself = product is not None
         if product is None:
             super().pack(keep_weight)

@@ -11,7 +11,7 @@ from dist_infer.model.config import ExpertsConfig, ModelConfig
 from dist_infer.model.layer import Layer
 from dist_infer.model.layers import ACTIVATIONS, MLP, GatedMLP, Linear, gated
 from dist_infer.model.native import Kernels
-from dist_infer.model.packed import PackedProduct, packed_product
+from dist_infer.model.packed import PackedProduct, is_in, packed_product
 from dist_infer.model.weights import ExpertCut, cut
 
 ALIGNMENT = 16  # bytes between rows that the grouped product wants
@@ -159,10 +159,10 @@ class ExpertLinear(Linear):
 
     def pack(self, keep_weight: bool) -> None:
         """As `Linear`, each expert's matrix by itself."""
-        packs = [packed_product(matrix, self.kernels) for matrix in self._matrices().detach()]
+        packs = [packed_product(matrix, self.kernels, not keep_weight) for matrix in self._matrices().detach()]
         self._packs = [pack for pack in packs if pack is not None]
         if self._packs and not keep_weight:
-            self.weight = nn.Parameter(torch.empty(0, self.inputs, dtype=self.weight.dtype), requires_grad=False)
+            self._let_go(is_in(self._packs[0], self.weight))  # all are alike
 
     def unpack(self) -> None:
         """As `Linear`."""

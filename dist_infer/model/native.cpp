@@ -795,19 +795,76 @@ inline uint32_t pair_of(const bfloat16* row, int64_t pair, int64_t size) {
     return both;
 }
 
+// The rows of a panel; null where there is none.
+void pack_panel(const bfloat16* const* rows, uint32_t* packed, int64_t inputs) {
+    int64_t pairs = (inputs + 1) / 2, whole = inputs / 2 / WIDTH * WIDTH;
+    for (int64_t column = 0; column < PANEL; column += WIDTH) {
+        for (int64_t pair = 0; pair < whole; pair += WIDTH) {
+            Ints block[WIDTH] = {};
+            for (int i = 0; i < WIDTH; i++)
+                if (rows[column + i]) memcpy(&block[i], rows[column + i] + 2 * pair, sizeof block[i]);
+            transpose(block);
+            for (int i = 0; i < WIDTH; i++) memcpy(packed + (pair + i) * PANEL + column, &block[i], sizeof block[i]);
+        }
+        for (int64_t pair = whole; pair < pairs; pair++)
+            for (int i = 0; i < WIDTH; i++) packed[pair * PANEL + column + i] = rows[column + i] ? pair_of(rows[column + i], pair, inputs) : 0;
+    }
+}
+
 void pack_matrix(const bfloat16* weight, uint32_t* packed, int64_t outputs, int64_t inputs, bool gated) {
     int64_t pairs = (inputs + 1) / 2, panels = gated ? (outputs / 2 + WIDTH - 1) / WIDTH : (outputs + PANEL - 1) / PANEL;
 #pragma omp parallel for
-    for (int64_t panel = 0; panel < panels; panel++)
+    for (int64_t panel = 0; panel < panels; panel++) {
+        const bfloat16* rows[PANEL];
         for (int64_t column = 0; column < PANEL; column++) {
             int64_t output = panel * PANEL + column, end = outputs;
             if (gated) {
                 end = column < WIDTH ? outputs / 2 : outputs;
                 output = panel * WIDTH + column % WIDTH + (column < WIDTH ? 0 : outputs / 2);
             }
-            for (int64_t pair = 0; pair < pairs; pair++)
-                packed[(panel * pairs + pair) * PANEL + column] = output < end ? pair_of(weight + output * inputs, pair, inputs) : 0;
+            rows[column] = output < end ? weight + output * inputs : nullptr;
         }
+        pack_panel(rows, packed + panel * pairs * PANEL, inputs);
+    }
+}
+
+// Blocks of `size` numbers: those of the first half come to the even places, those of the other half to the odd ones.
+void interleave(bfloat16* x, int64_t blocks, int64_t size) {
+    auto source = [=](int64_t place) { return place % 2 * (blocks / 2) + place / 2; };
+    std::vector<int64_t> firsts;  // one place of each cycle of the permutation
+    std::vector<bool> seen(blocks);
+    for (int64_t first = 0; first < blocks; first++) {
+        if (!seen[first]) firsts.push_back(first);
+        for (int64_t place = first; !seen[place]; place = source(place)) seen[place] = true;
+    }
+    constexpr int64_t PART = 4096;  // of a block, that travels through all cycles by itself
+#pragma omp parallel for
+    for (int64_t part = 0; part < size; part += PART) {
+        bfloat16 kept[PART];
+        size_t bytes = std::min(PART, size - part) * sizeof(bfloat16);
+        for (int64_t first : firsts) {
+            int64_t place = first;
+            memcpy(kept, x + first * size + part, bytes);
+            for (int64_t from; (from = source(place)) != first; place = from) memcpy(x + place * size + part, x + from * size + part, bytes);
+            memcpy(x + place * size + part, kept, bytes);
+        }
+    }
+}
+
+// In the memory of the weight itself: panels that are full, of an even number of inputs, are as large as their rows.
+void pack_in_place(bfloat16* weight, int64_t outputs, int64_t inputs, bool gated) {
+    if (gated) interleave(weight, outputs / WIDTH, WIDTH * inputs);
+#pragma omp parallel
+    {
+        std::vector<bfloat16> copy(PANEL * inputs);
+        const bfloat16* rows[PANEL];
+        for (int64_t row = 0; row < PANEL; row++) rows[row] = copy.data() + row * inputs;
+#pragma omp for
+        for (int64_t first = 0; first < outputs; first += PANEL) {
+            memcpy(copy.data(), weight + first * inputs, copy.size() * sizeof(bfloat16));
+            pack_panel(rows, (uint32_t*)(weight + first * inputs), inputs);
+        }
+    }
 }
 
 // Of `rows` rows of x the pairs from `pair` to `end`, to their places in [pairs, rows].
@@ -1012,6 +1069,9 @@ extern "C" int64_t run_halves_bfloat16(const Step* step, Segment* segment, bool 
 }
 extern "C" void pack_matrix_bfloat16(const bfloat16* weight, uint32_t* packed, int64_t outputs, int64_t inputs, bool gated) {
     pack_matrix(weight, packed, outputs, inputs, gated);
+}
+extern "C" void pack_in_place_bfloat16(bfloat16* weight, int64_t outputs, int64_t inputs, bool gated) {
+    pack_in_place(weight, outputs, inputs, gated);
 }
 extern "C" void multiply_bfloat16(const bfloat16* x, const uint32_t* packed, const bfloat16* bias, bfloat16* y, uint32_t* scratch,
                                   int64_t rows, int64_t outputs, int64_t inputs, int64_t most, bool gated) {

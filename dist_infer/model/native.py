@@ -46,6 +46,7 @@ _LANES, _TILE = 16, 12  # WIDTH and TILE of native.cpp
 _NEAR = 1 << 19  # bytes of inputs that stay in a core's own cache while a packed weight passes by
 _PRODUCTS = {
     "pack_matrix": [_POINTER] * 2 + [_INT] * 2 + [_BOOL],
+    "pack_in_place": [_POINTER] + [_INT] * 2 + [_BOOL],
     "multiply": [_POINTER] * 5 + [_INT] * 4 + [_BOOL],
     "run_halves": [_POINTER] * 2 + [_BOOL] + [_INT] * 2,
 }
@@ -72,6 +73,7 @@ class Kernels:
     _paged_attention: ctypes._NamedFuncPointer
     _silu_and_multiply: ctypes._NamedFuncPointer
     _pack_matrix: ctypes._NamedFuncPointer
+    _pack_in_place: ctypes._NamedFuncPointer
     _multiply: ctypes._NamedFuncPointer
     _run_halves: ctypes._NamedFuncPointer
 
@@ -170,9 +172,15 @@ class Kernels:
         """
         return self._run_halves(ctypes.byref(step), segment and ctypes.byref(segment), alone, half, end)
 
-    def pack(self, weight: Tensor, gated: bool = False) -> PackedMatrix:
-        """A packed copy of `weight` [outputs, inputs]; `gated`: its upper half is a gate of its lower half."""
-        return PackedMatrix(self, weight, gated)
+    def pack(self, weight: Tensor, gated: bool = False, in_place: bool = False) -> PackedMatrix:
+        """`weight` [outputs, inputs] packed: a copy, or in its own memory where it fits there.
+
+        Args:
+            weight: Overwritten if it is packed in place.
+            gated: Its upper half is a gate of its lower half.
+            in_place: Whether it may be.
+        """
+        return PackedMatrix(self, weight, gated, in_place)
 
 
 class PackedMatrix:
@@ -183,16 +191,20 @@ class PackedMatrix:
         together: Rows that are multiplied together.
     """
 
-    def __init__(self, kernels: Kernels, weight: Tensor, gated: bool) -> None:
+    def __init__(self, kernels: Kernels, weight: Tensor, gated: bool, in_place: bool) -> None:
         outputs, inputs = weight.shape
-        self._width = outputs // 2 if gated else outputs
-        panels = -(-self._width // (_LANES if gated else 2 * _LANES))
-        self._packed = huge_pages.zeros((panels, (inputs + 1) // 2, 2 * _LANES), torch.int32)
-        kernels._pack_matrix(_at(weight.contiguous()), _at(self._packed), outputs, inputs, gated)
+        self._width, pairs = outputs // 2 if gated else outputs, (inputs + 1) // 2
+        if in_place and weight.is_contiguous() and outputs % (2 * _LANES) == inputs % 2 == 0:
+            self._packed = weight
+            kernels._pack_in_place(_at(weight), outputs, inputs, gated)
+        else:
+            panels = -(-self._width // (_LANES if gated else 2 * _LANES))
+            self._packed = huge_pages.zeros((panels, pairs, 2 * _LANES), torch.int32)
+            kernels._pack_matrix(_at(weight.contiguous()), _at(self._packed), outputs, inputs, gated)
         self.together = min(max(_NEAR // (2 * inputs) // _TILE, 1), 24) * _TILE
         self.address, self._kernels = self._packed.data_ptr(), kernels
         self._sizes = (outputs, inputs, self.together, gated)
-        kernels.reserve(self.together * self._packed.shape[1])
+        kernels.reserve(self.together * pairs)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [rows, inputs] times the weight, plus `bias` [outputs]: [rows, outputs]; if gated silu(gate) * up, half as wide."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dist_infer.model.layers import Linear
 from dist_infer.model.native import kernels
-from dist_infer.model.packed import onednn_packs
+from dist_infer.model.packed import is_in, onednn_packs
 from tests.engine.jobs import Mesh, request, run
 from tests.engine.references import CHECKPOINTS, reference
 from tests.ranks import Ranks
@@ -42,6 +42,35 @@ def test_packed_product(inputs: int, outputs: int, bias: bool, dtype: torch.dtyp
         assert found.dtype == dtype and found.shape == (rows, outputs)
         # Half a unit in the last place for each of the two roundings.
         torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("outputs", [32, 64, 160, 32 * 43])
+@pytest.mark.parametrize("inputs", [2, 50, 64, 600])
+def test_a_weight_is_packed_where_it_is(inputs: int, outputs: int, gated: bool) -> None:
+    ours = kernels(torch.bfloat16)
+    if ours is None or not ours.can_multiply:
+        pytest.skip("no compiled products on this processor")
+    weight = filled(inputs, outputs, False, torch.bfloat16).weight.detach()
+    copied, x = ours.pack(weight, gated), torch.randn(5, inputs).bfloat16()
+    assert not is_in(copied, weight)
+    packed = ours.pack(weight, gated, in_place=True)
+    assert is_in(packed, weight)
+    assert packed(x, None).equal(copied(x, None))
+
+
+def test_a_packed_weight_makes_room_for_another() -> None:
+    linear = filled(64, 96, False, torch.bfloat16)
+    linear.kernels = kernels(torch.bfloat16)
+    if linear.kernels is None or not linear.kernels.can_multiply:
+        pytest.skip("no compiled products on this processor")
+    where = linear.weight.data_ptr()
+    for scale in (1.0, 2.0):
+        linear.weight.fill_(scale)
+        linear.pack(keep_weight=False)
+        assert linear(torch.ones(1, 64, dtype=torch.bfloat16)).tolist() == [[64 * scale] * 96]
+        linear.unpack()
+        assert linear.weight.shape == (96, 64) and linear.weight.data_ptr() == where, "no memory is asked for again"
 
 
 @needs_operators
