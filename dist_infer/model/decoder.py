@@ -27,7 +27,7 @@ from dist_infer.model.layers import (
     make_norm,
 )
 from dist_infer.model.moe import Experts, MoE
-from dist_infer.model.native import Kernels
+from dist_infer.model.native import Kernels, PackedMatrix
 from dist_infer.model.native_blocks import NativeBlocks, fits
 from dist_infer.model.rotary import Rotary, no_rotation
 from dist_infer.model.weights import HeadCut, cut
@@ -137,9 +137,16 @@ class Decoder(Layer):
         for layer in range(done, layers):
             x, delta = self.blocks[layer](x, delta, *turns[layer], cache, batch.attention, wanted_rows if layer == layers - 1 else None)
         assert delta is not None, "a model of no layers"
-        wanted = self.norm.after(x, delta)
-        for start in range(0, len(wanted), LOGIT_ROWS):
-            reduce(self._scaled(self.head(wanted[start : start + LOGIT_ROWS]).float()), start)
+        for start in range(0, len(x), LOGIT_ROWS):
+            some = slice(start, start + LOGIT_ROWS)
+            reduce(self._scaled(self._logits(x[some], delta[some])), start)
+
+    def _logits(self, x: Tensor, delta: Tensor) -> Tensor:
+        """float32 logits of rows of the residual stream [rows, hidden], to which the last layer has still to add `delta`."""
+        norm, packed = self.norm, self.head.packed
+        if isinstance(packed, PackedMatrix) and isinstance(norm, RMSNorm):
+            return packed.logits(x, delta, norm.weight, norm.eps, norm.offset)
+        return self.head(norm.after(x, delta)).float()
 
     def _native_blocks(self) -> NativeBlocks | None:
         """The blocks as compiled code computes them, as long as their weights are packed; None where some are of another kind."""

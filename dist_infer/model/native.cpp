@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <unistd.h>
 #include <utility>
 #include <vector>
@@ -1039,6 +1040,17 @@ void mlp_half(const Layer& layer, const Step& s, bfloat16* to) {
     multiply<false>(s.gated, layer.down, to, s.scratch, s.tokens);
 }
 
+// Add `delta` to rows of `x`, normalize the sum, and multiply it; the results, in bfloat16 as elsewhere, come as float32.
+void logits(bfloat16* x, const bfloat16* delta, const bfloat16* norm, float eps, float offset, const Matrix& head, uint32_t* scratch, float* out,
+            int64_t rows) {
+    std::unique_ptr<bfloat16[]> normed(new bfloat16[rows * head.inputs]), products(new bfloat16[rows * head.outputs]);
+    add_rms_norm(x, delta, norm, normed.get(), rows, head.inputs, eps, offset);
+    multiply<false>(normed.get(), head, products.get(), scratch, rows);
+    int64_t size = rows * head.outputs;
+#pragma omp parallel for
+    for (int64_t i = 0; i < size; i += WIDTH) store(out + i, load(products.get() + i, size - i), size - i);
+}
+
 // Halves of layers, attention and mlp in turn, from `half` to `end`; what the last adds to `x` is left in `delta`. Returns where it stopped:
 // at the end; or at a half whose sum, posted here, other ranks are late for; or, with other ranks but no segment, after a half that is still to
 // be summed.
@@ -1073,6 +1085,10 @@ extern "C" void pack_matrix_bfloat16(const bfloat16* weight, uint32_t* packed, i
 extern "C" void pack_in_place_bfloat16(bfloat16* weight, int64_t outputs, int64_t inputs, bool gated) {
     pack_in_place(weight, outputs, inputs, gated);
 }
+extern "C" void logits_bfloat16(bfloat16* x, const bfloat16* delta, const bfloat16* norm, float eps, float offset, const uint32_t* packed,
+                                uint32_t* scratch, float* out, int64_t rows, int64_t outputs, int64_t inputs, int64_t most) {
+    logits(x, delta, norm, eps, offset, {packed, nullptr, outputs, inputs, most}, scratch, out, rows);
+}
 extern "C" void multiply_bfloat16(const bfloat16* x, const uint32_t* packed, const bfloat16* bias, bfloat16* y, uint32_t* scratch,
                                   int64_t rows, int64_t outputs, int64_t inputs, int64_t most, bool gated) {
     (gated ? multiply<true> : multiply<false>)(x, {packed, bias, outputs, inputs, most}, y, scratch, rows);
@@ -1081,6 +1097,16 @@ extern "C" void multiply_bfloat16(const bfloat16* x, const uint32_t* packed, con
 
 extern "C" void best_of_rows_float(const float* x, float* best, int64_t* index, float* exponentials, int64_t rows, int64_t size) {
     best_of_rows(x, best, index, exponentials, rows, size);
+}
+// Beside each greatest its token id, in as many bits.
+extern "C" void greatest_float(const float* x, float* greatest, int64_t first_token, int64_t rows, int64_t size) {
+    std::vector<float> best(rows);
+    std::vector<int64_t> index(rows);
+    best_of_rows(x, best.data(), index.data(), nullptr, rows, size);
+    for (int64_t row = 0; row < rows; row++) {
+        int32_t id = first_token + index[row];
+        memcpy(greatest + 2 * row, &best[row], sizeof best[row]), memcpy(greatest + 2 * row + 1, &id, sizeof id);
+    }
 }
 extern "C" void best_few_float(const float* x, float* values, int64_t* index, int64_t rows, int64_t size, int64_t few) {
     best_few(x, values, index, rows, size, few);

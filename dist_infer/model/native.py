@@ -38,6 +38,7 @@ _ARGUMENTS = {
 _FUNCTIONS = (
     ("read_runs", [_INT, _POINTER] + [_INT] * 4, _INT),
     ("best_of_rows_float", [_POINTER] * 4 + [_INT] * 2, None),
+    ("greatest_float", [_POINTER] * 2 + [_INT] * 3, None),
     ("best_few_float", [_POINTER] * 3 + [_INT] * 3, None),
     ("gumbel_noise", [_POINTER] * 3 + [_INT] * 3, None),
     ("draw_rows", [_POINTER, _INT] + [_POINTER] * 3 + [_INT] * 4 + [_FLOAT], None),
@@ -48,6 +49,7 @@ _PRODUCTS = {
     "pack_matrix": [_POINTER] * 2 + [_INT] * 2 + [_BOOL],
     "pack_in_place": [_POINTER] + [_INT] * 2 + [_BOOL],
     "multiply": [_POINTER] * 5 + [_INT] * 4 + [_BOOL],
+    "logits": [_POINTER] * 3 + [_FLOAT] * 2 + [_POINTER] * 3 + [_INT] * 4,
     "run_halves": [_POINTER] * 2 + [_BOOL] + [_INT] * 2,
 }
 
@@ -75,6 +77,7 @@ class Kernels:
     _pack_matrix: ctypes._NamedFuncPointer
     _pack_in_place: ctypes._NamedFuncPointer
     _multiply: ctypes._NamedFuncPointer
+    _logits: ctypes._NamedFuncPointer
     _run_halves: ctypes._NamedFuncPointer
 
     def reserve(self, size: int) -> None:
@@ -213,6 +216,15 @@ class PackedMatrix:
         kernels._multiply(x.data_ptr(), self.address, _at(bias), y.data_ptr(), kernels.scratch.data_ptr(), x.shape[0], *self._sizes)
         return y
 
+    def logits(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        """Add `delta` to `x` [rows, inputs] in place, normalize as `Kernels.add_rms_norm`, and multiply: [rows, outputs] float32."""
+        kernels, (outputs, inputs, together, gated) = self._kernels, self._sizes
+        assert not gated and x.is_contiguous() and delta.is_contiguous()
+        out = torch.empty(len(x), outputs)
+        pointers = (self.address, kernels.scratch.data_ptr(), out.data_ptr())
+        kernels._logits(x.data_ptr(), delta.data_ptr(), weight.data_ptr(), eps, offset, *pointers, len(x), outputs, inputs, together)
+        return out
+
 
 def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
@@ -264,6 +276,21 @@ def best(values: Tensor, with_sums: bool) -> tuple[Tensor, Tensor, Tensor | None
     sums = torch.empty(rows) if with_sums else None
     library.best_of_rows_float(_at(values), _at(greatest), _at(index), _at(sums), rows, size)
     return greatest, index, sums
+
+
+def greatest(values: Tensor, first_token: int) -> Tensor | None:
+    """The greatest of each row, as `best` has it, and beside it the bits of its token id, [rows, 2]; None where there are no kernels.
+
+    Args:
+        values: [rows, n] float32, contiguous, on the CPU.
+        first_token: Id of the first column.
+    """
+    library = _library()
+    if library is None:
+        return None
+    found = torch.empty(len(values), 2)
+    library.greatest_float(_at(values), _at(found), first_token, *values.shape)
+    return found
 
 
 def best_few(values: Tensor, few: int) -> tuple[Tensor, Tensor] | None:

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dist_infer.model import native
 from dist_infer.model.transfer import to_device
 from dist_infer.sampling.draws import BINS, draw, pick
 from dist_infer.sampling.processors import changes, process
@@ -112,6 +113,9 @@ class SummaryLayout:
             yield "counts", BINS + 1
 
 
+GREEDY = SummaryLayout()
+
+
 def _noised(params: SlotParams) -> int:
     """Best noised tokens that a drawn row needs: each is one that a filter by probability refuses with probability 1 - top_p."""
     if params.top_k > 0 or params.min_p > 0:
@@ -159,6 +163,10 @@ def summarize(logits: Tensor, layout: SummaryLayout, rows: Rows, table: SlotTabl
     """
     assert logits.dtype == torch.float32 and logits.shape == (len(rows), table.vocab_local), f"{logits.dtype} {tuple(logits.shape)}"
     params = [table[slot] for slot in rows.slots]
+    if layout == GREEDY and logits.device.type == "cpu" and len(rows) and not changes(rows, params):
+        found = native.greatest(logits, table.first_token)
+        if found is not None:
+            return found, HeldRows(logits, None)
     summary = _Summary(layout, len(rows), table.first_token, logits.device)
     if not len(rows):
         return summary.data, HeldRows(logits, logits if layout.raw else None)

@@ -105,3 +105,18 @@ def test_packed_model_is_as_near_as_the_plain_one(ranks: Ranks, name: str, mesh:
     assert len(exact) == sum(map(len, texts)) - len(texts)
     assert (packed - exact).abs().mean() <= 1.5 * (plain - exact).abs().mean()
     assert (packed - plain).abs().mean() <= 2 * (plain - exact).abs().mean()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_logits_in_one_call_are_those_of_norm_and_product(rows: int, offset: float) -> None:
+    ours = kernels(torch.bfloat16)
+    if ours is None or not ours.can_multiply:
+        pytest.skip("no compiled products on this processor")
+    generator = torch.Generator().manual_seed(rows)
+    x, delta = torch.randn(2, rows, 72, generator=generator).bfloat16()
+    norm, packed = torch.randn(72, generator=generator).bfloat16(), ours.pack(filled(72, 333, False, torch.bfloat16).weight.detach())
+    summed = x.clone()
+    expected = packed(ours.add_rms_norm(summed, delta, norm, 1e-5, offset), None).float()
+    assert packed.logits(x, delta, norm, 1e-5, offset).equal(expected)
+    assert x.equal(summed)
