@@ -113,7 +113,7 @@ class SummaryLayout:
             yield "counts", BINS + 1
 
 
-GREEDY = SummaryLayout()
+GREEDY = SummaryLayout()  # where every row takes the best
 
 
 def _noised(params: SlotParams) -> int:

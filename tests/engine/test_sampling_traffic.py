@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "temperature": ({"temperature": 1.0}, 5),
     "top-k 50": ({"temperature": 1.0, "top_k": 50}, 2 + 2 * 50),
     "top-k 100": ({"temperature": 1.0, "top_k": 100}, 2 + 3 * 64 + 1 + 513),
-    "top-p 0.95": ({"temperature": 1.0, "top_p": 0.95}, 2 + 3 * 64 + 1 + 513),
+    "top-p 0.95": ({"temperature": 1.0, "top_p": 0.95}, 2 + 3 * 6 + 1 + 513),
     "5 logprobs": ({"logprobs": 5}, 5 + 2 * 5),
     "scoring": ({}, 5),
 }
