@@ -15,7 +15,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -88,7 +87,7 @@ class Kernels:
     def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """Add `delta` to `x` [rows, size] in place, and normalize the sum; `offset` is added to the weight."""
         out = torch.empty_like(x)
-        self._add_rms_norm(_at(x), _at(delta), _at(weight), _at(out), x.shape[0], x.shape[1], eps, offset)
+        self._add_rms_norm(address(x), address(delta), address(weight), address(out), x.shape[0], x.shape[1], eps, offset)
         return out
 
     def rotate_and_cache(
@@ -118,8 +117,8 @@ class Kernels:
             keys: [blocks, kv_heads, block_size, head_dim], the layer's pool; `values` likewise.
         """
         tokens, all_heads, head_dim = qkv.shape
-        pointers = [_at(tensor) for tensor in (qkv, cos, sin, q_weight, k_weight)]
-        pools = [_at(tensor) for tensor in (slots, keys, values)]
+        pointers = [address(tensor) for tensor in (qkv, cos, sin, q_weight, k_weight)]
+        pools = [address(tensor) for tensor in (slots, keys, values)]
         kv_heads = (all_heads - heads) // 2
         self._rotate_and_cache(*pointers, eps, offset, *pools, tokens, heads, kv_heads, head_dim, cos.shape[-1], keys.shape[2])
 
@@ -156,7 +155,7 @@ class Kernels:
         """silu(gate) * up, [rows, 2 * size] -> [rows, size]."""
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, size)
-        self._silu_and_multiply(_at(gate_up), _at(out), rows, size)
+        self._silu_and_multiply(address(gate_up), address(out), rows, size)
         return out
 
     def run_halves(self, step: ctypes.Structure, segment: ctypes.Structure | None, alone: bool, half: int, end: int) -> int:
@@ -199,11 +198,11 @@ class PackedMatrix:
         self._width, pairs = outputs // 2 if gated else outputs, (inputs + 1) // 2
         if in_place and weight.is_contiguous() and outputs % (2 * _LANES) == inputs % 2 == 0:
             self._packed = weight
-            kernels._pack_in_place(_at(weight), outputs, inputs, gated)
+            kernels._pack_in_place(address(weight), outputs, inputs, gated)
         else:
             panels = -(-self._width // (_LANES if gated else 2 * _LANES))
             self._packed = huge_pages.zeros((panels, pairs, 2 * _LANES), torch.int32)
-            kernels._pack_matrix(_at(weight.contiguous()), _at(self._packed), outputs, inputs, gated)
+            kernels._pack_matrix(address(weight.contiguous()), address(self._packed), outputs, inputs, gated)
         self.together = min(max(_NEAR // (2 * inputs) // _TILE, 1), 24) * _TILE
         self.address, self._kernels = self._packed.data_ptr(), kernels
         self._sizes = (outputs, inputs, self.together, gated)
@@ -213,7 +212,7 @@ class PackedMatrix:
         """x [rows, inputs] times the weight, plus `bias` [outputs]: [rows, outputs]; if gated silu(gate) * up, half as wide."""
         x, kernels = x.contiguous(), self._kernels
         y = torch.empty(len(x), self._width, dtype=x.dtype)
-        kernels._multiply(x.data_ptr(), self.address, _at(bias), y.data_ptr(), kernels.scratch.data_ptr(), x.shape[0], *self._sizes)
+        kernels._multiply(x.data_ptr(), self.address, address(bias), y.data_ptr(), kernels.scratch.data_ptr(), x.shape[0], *self._sizes)
         return y
 
     def logits(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
@@ -226,7 +225,8 @@ class PackedMatrix:
         return out
 
 
-def _at(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's numbers begin, as a compiled function is told; null where there is none."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -235,8 +235,8 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
     """The kernels for tensors of `dtype` in CPU memory, or None where they cannot be had."""
     if dtype not in NAMES:
         return None
-    library = _library()
-    return None if library is None else Kernels(library, dtype)
+    compiled = library()
+    return None if compiled is None else Kernels(compiled, dtype)
 
 
 def read_runs(fd: int, to: Tensor, offset: int, length: int, stride: int, runs: int) -> int | None:
@@ -248,141 +248,19 @@ def read_runs(fd: int, to: Tensor, offset: int, length: int, stride: int, runs: 
     Raises:
         OSError: Reading failed.
     """
-    library = _library()
-    if library is None:
+    compiled = library()
+    if compiled is None:
         return None
     assert to.is_contiguous() and to.nbytes >= length * runs
-    count = library.read_runs(fd, _at(to), offset, length, stride, runs)
+    count = compiled.read_runs(fd, address(to), offset, length, stride, runs)
     if count < 0:
         raise OSError(-count, os.strerror(-count))
     return count
 
 
-def best(values: Tensor, with_sums: bool) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """The greatest of each row, the first index where it is, and the sum of exp(value - greatest); None where there are no kernels.
-
-    Args:
-        values: [rows, n] float32, contiguous, on the CPU. A NaN is the greatest of its row.
-        with_sums: Whether the sums are wanted.
-
-    Returns:
-        [rows] float32, int64 and float32.
-    """
-    library = _library()
-    if library is None:
-        return None
-    rows, size = values.shape
-    greatest, index = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
-    sums = torch.empty(rows) if with_sums else None
-    library.best_of_rows_float(_at(values), _at(greatest), _at(index), _at(sums), rows, size)
-    return greatest, index, sums
-
-
-def greatest(values: Tensor, first_token: int) -> Tensor | None:
-    """The greatest of each row, as `best` has it, and beside it the bits of its token id, [rows, 2]; None where there are no kernels.
-
-    Args:
-        values: [rows, n] float32, contiguous, on the CPU.
-        first_token: Id of the first column.
-    """
-    library = _library()
-    if library is None:
-        return None
-    found = torch.empty(len(values), 2)
-    library.greatest_float(_at(values), _at(found), first_token, *values.shape)
-    return found
-
-
-def best_few(values: Tensor, few: int) -> tuple[Tensor, Tensor] | None:
-    """The first `few` of each row of `values` [rows, n], the greater first, among equals the lower index; None where there are no kernels.
-
-    Args:
-        values: float32, contiguous, on the CPU.
-        few: At most n.
-
-    Returns:
-        Values and indices, [rows, few].
-    """
-    library = _library()
-    if library is None:
-        return None
-    rows, size = values.shape
-    found, index = torch.empty(rows, few), torch.empty(rows, few, dtype=torch.int64)
-    library.best_few_float(_at(values), _at(found), _at(index), rows, size, few)
-    return found, index
-
-
-def gumbel(keys: Tensor, ids: Tensor) -> Tensor | None:
-    """Gumbel noise [rows, n] float32 of CPU token ids [n] or [rows, n] under keys [rows, 2], int64; None where there are no kernels.
-
-    Args:
-        keys: From `noise.row_keys`.
-        ids: Token ids.
-    """
-    library = _library()
-    if library is None:
-        return None
-    keys, ids = keys.contiguous(), ids.contiguous()
-    out = torch.empty(len(keys), ids.shape[-1])
-    library.gumbel_noise(_at(keys), _at(ids), _at(out), *out.shape, ids.shape[-1] if ids.dim() > 1 else 0)
-    return out
-
-
-class _Drawn(ctypes.Structure):
-    _fields_ = [
-        *(("logits", _POINTER), ("temperature", _FLOAT), ("greatest", _FLOAT)),
-        *((name, _POINTER) for name in ("keys", "masses", "counts")),
-    ]
-
-
-def draw(
-    logits: Tensor,
-    rows: Sequence[int],
-    temperature: Tensor,
-    greatest: Tensor,
-    keys: Tensor,
-    first_token: int,
-    few: int,
-    masses: Mapping[int, Tensor],
-    counts: Mapping[int, Tensor],
-    per_unit: float,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The best tokens of some rows with Gumbel noise on logits divided by a temperature, and histograms; None where there are no kernels.
-
-    Args:
-        logits: [R, n] float32, contiguous, on the CPU.
-        rows: Which of them.
-        temperature: [rows] float32.
-        greatest: [rows] float32, the greatest of each after the division.
-        keys: [rows, 2] int64, from `noise.row_keys`.
-        first_token: Id of the first column.
-        few: How many tokens.
-        masses: By place in `rows`, [bins + 1] float64 to add sums of exp(value - greatest) to; of rows whose histogram is wanted.
-        counts: The same for numbers of tokens, where these are wanted, too.
-        per_unit: Bins in 1.
-
-    Returns:
-        The first `few` of each row, the greater first, [rows, few]: values with noise, index, values without.
-    """
-    library = _library()
-    if library is None:
-        return None
-    assert logits.is_contiguous() and keys.is_contiguous(), "rows are found by their size"
-    count, size = len(rows), logits.shape[1]
-    starts = (logits.data_ptr() + row * size * logits.element_size() for row in rows)
-    keys_of = range(keys.data_ptr(), keys.data_ptr() + 16 * count, 16)
-    sums = ((_at(masses.get(i)), _at(counts.get(i))) for i in range(count))
-    fields = zip(starts, temperature.tolist(), greatest.tolist(), keys_of, sums, strict=True)
-    drawn = (_Drawn * count)(*((start, divisor, most, key, *of) for start, divisor, most, key, of in fields))
-    noised, index, scaled = torch.empty(count, few), torch.empty(count, few, dtype=torch.int64), torch.empty(count, few)
-    bins = next((len(mass) - 1 for mass in masses.values()), 0)
-    library.draw_rows(ctypes.addressof(drawn), first_token, _at(noised), _at(index), _at(scaled), count, size, few, bins, per_unit)
-    return noised, index, scaled
-
-
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled file; built unless an earlier process did, None without a compiler that can."""
+def library() -> ctypes.CDLL | None:
+    """The compiled file with its functions' types; built unless an earlier process did, None without a compiler that can."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         return None
@@ -396,12 +274,12 @@ def _library() -> ctypes.CDLL | None:
         target = _cache() / f"native-{name}.so"
         if not target.exists():
             _build(compiler, source, target)
-        library = ctypes.CDLL(str(target))
+        compiled = ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError):
         return None
     for function, arguments, result in _FUNCTIONS:
-        getattr(library, function).argtypes, getattr(library, function).restype = arguments, result
-    return library
+        getattr(compiled, function).argtypes, getattr(compiled, function).restype = arguments, result
+    return compiled
 
 
 def _cache() -> Path:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_infer.model import native
 from dist_infer.model.transfer import to_device
+from dist_infer.sampling import compiled
 from dist_infer.sampling.noise import noised, row_keys
 from dist_infer.sampling.ranking import best, top
 from dist_infer.sampling.slots import SlotParams
@@ -81,7 +81,9 @@ def draw(
     if logits.device.type == "cpu":
         mass_of = dict(zip(binned, masses, strict=True))
         count_of = dict(zip(binned, counts, strict=True)) if with_counts else {}
-        found = native.draw(logits, rows, temperature, greatest, torch.from_numpy(keys), first_token, few, mass_of, count_of, BINS_PER_NAT)
+        found = compiled.draw(
+            logits, rows, temperature, greatest, torch.from_numpy(keys), first_token, few, mass_of, count_of, BINS_PER_NAT
+        )
     if found is None:
         # A tensor of divisors: dividing by a number may become multiplying by its inverse, which rounds otherwise.
         scaled = pick(logits, rows) / temperature[:, None]

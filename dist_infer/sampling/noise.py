@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
 
-from dist_infer.model import native
 from dist_infer.model.transfer import to_device
+from dist_infer.sampling import compiled
 
 # Weyl increment and finalizer multipliers of the splitmix64 family.
 _STEP = 0x9E3779B97F4A7C15
@@ -43,9 +43,9 @@ def gumbel(keys: np.ndarray, ids: Tensor) -> Tensor:
         [rows, n] float32. Sixty-three random bits stand behind each number, so that the upper tail is as fine as float32 can say.
     """
     pairs = to_device(keys, ids.device)
-    compiled = native.gumbel(pairs, ids) if ids.device.type == "cpu" else None
-    if compiled is not None:
-        return compiled
+    found = compiled.gumbel(pairs, ids) if ids.device.type == "cpu" else None
+    if found is not None:
+        return found
     shift, factor = pairs.T[..., None]
     # The ids are mixed before the keys meet them (once for all rows), so a row costs one round: multiply, fold, multiply.
     bits = (_mixed(ids) + shift).mul_(factor)

@@ -15,8 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dist_infer.model import native
 from dist_infer.model.transfer import to_device
+from dist_infer.sampling import compiled
 from dist_infer.sampling.draws import BINS, draw, pick
 from dist_infer.sampling.processors import changes, process
 from dist_infer.sampling.ranking import best, log_sum, top
@@ -122,7 +122,8 @@ def _noised(params: SlotParams) -> int:
         return NOISED
     if params.top_p == 1:
         return 1
-    return min(NOISED, 1 + math.ceil(math.log(ALL_REFUSED) / math.log1p(-params.top_p)))  # the last says only where knowledge ends
+    needed = math.log(ALL_REFUSED) / math.log1p(-params.top_p)  # infinite for the least top_p
+    return min(NOISED, 1 + math.ceil(min(NOISED, needed)))  # the last says only where knowledge ends
 
 
 def shortlisted(params: SlotParams) -> bool:
@@ -164,7 +165,7 @@ def summarize(logits: Tensor, layout: SummaryLayout, rows: Rows, table: SlotTabl
     assert logits.dtype == torch.float32 and logits.shape == (len(rows), table.vocab_local), f"{logits.dtype} {tuple(logits.shape)}"
     params = [table[slot] for slot in rows.slots]
     if layout == GREEDY and logits.device.type == "cpu" and len(rows) and not changes(rows, params):
-        found = native.greatest(logits, table.first_token)
+        found = compiled.greatest(logits, table.first_token)
         if found is not None:
             return found, HeldRows(logits, None)
     summary = _Summary(layout, len(rows), table.first_token, logits.device)

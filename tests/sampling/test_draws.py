@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_infer.model import native
+from dist_infer.sampling import compiled as compiled_functions
 from dist_infer.sampling.draws import BINS, BINS_PER_NAT, Draws, draw
 from dist_infer.sampling.noise import gumbel, row_keys
 from dist_infer.sampling.slots import SlotParams
@@ -45,7 +46,7 @@ def drawn(x: Tensor, few: int, rows: list[int] | None = None) -> Draws:
 def test_compiled_draws_are_the_eager_ones(kind: str, vocab: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = logits(kind, vocab)
     compiled = drawn(x, few)
-    monkeypatch.setattr(native, "draw", lambda *_: None)
+    monkeypatch.setattr(compiled_functions, "draw", lambda *_: None)
     eager = drawn(x, few)
     assert compiled.index.equal(eager.index) and compiled.scaled.equal(eager.scaled)
     torch.testing.assert_close(compiled.noised, eager.noised, rtol=1e-6, atol=1e-5)
@@ -73,7 +74,7 @@ def test_noise_left_out_would_not_have_been_seen(few: int) -> None:
 @pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
 def test_a_histogram_says_what_lies_above(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled:
-        monkeypatch.setattr(native, "draw", lambda *_: None)
+        monkeypatch.setattr(compiled_functions, "draw", lambda *_: None)
     x = logits("plain", 3001) * 4
     histograms = drawn(x, 1).histograms
     assert histograms is not None
@@ -87,7 +88,7 @@ def test_a_histogram_says_what_lies_above(compiled: bool, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
 def test_counts_are_not_made_where_nobody_asks(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled:
-        monkeypatch.setattr(native, "draw", lambda *_: None)
+        monkeypatch.setattr(compiled_functions, "draw", lambda *_: None)
     x = logits("plain", 500)
     without = drawn(x, 4, [0, 1]).histograms
     assert without is not None and without.rows == [0]

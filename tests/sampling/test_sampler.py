@@ -223,7 +223,8 @@ def test_layout_holds_what_the_rows_need_and_no_more() -> None:
     assert SummaryLayout.for_rows([replace(plain, min_p=0.1)], False) == SummaryLayout(noised=NOISED)
     likely = replace(plain, top_p=0.9)  # six in a row are refused once in a million times, and a seventh says only where knowledge ends
     assert SummaryLayout.for_rows([likely], False) == SummaryLayout(noised=7, masses=True)
-    assert SummaryLayout.for_rows([replace(plain, top_p=0.01)], False) == SummaryLayout(noised=NOISED, masses=True)
+    for least in (0.01, 1e-320):
+        assert SummaryLayout.for_rows([replace(plain, top_p=least)], False) == SummaryLayout(noised=NOISED, masses=True)
     mixed = [replace(plain, top_p=0.9, logprobs=2), replace(plain, top_k=SHORTLIST + 1), greedy]
     assert SummaryLayout.for_rows(mixed, False) == SummaryLayout.for_rows(mixed[::-1], False)
     assert SummaryLayout.for_rows(mixed, False) == SummaryLayout(noised=NOISED, logprobs=2, masses=True, counts=True)
