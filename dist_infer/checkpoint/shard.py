@@ -12,7 +12,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from dist_infer.checkpoint.checkpoint import Checkpoint, load
-from dist_infer.checkpoint.pages import prefer_huge_pages
 from dist_infer.checkpoint.reader import LoadReport
 from dist_infer.checkpoint.relay import Relay
 from dist_infer.config.loader import LoaderOptions
@@ -52,7 +51,7 @@ class ModelShard:
             huge_pages.use(decoder)
         if isinstance(decoder, Decoder) and config.tied_head:
             decoder.head.weight = decoder.embedding.weight
-        prefer_huge_pages(self.destinations().values())
+        huge_pages.prefer(self.destinations().values())
 
     def destinations(self) -> dict[str, Tensor]:
         """This rank's rows of each parameter, by the names of `weights`."""
@@ -117,7 +116,7 @@ class ModelShard:
         for module in self.decoder.modules():
             if isinstance(module, Linear):
                 module.unpack()
-        prefer_huge_pages(self.destinations().values())
+        huge_pages.prefer(self.destinations().values())
         return self.load(checkpoint, options, progress)
 
     @property

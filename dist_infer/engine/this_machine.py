@@ -23,7 +23,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dist_infer.checkpoint.checkpoint import load, open_checkpoint
-from dist_infer.checkpoint.pages import prefer_huge_pages
 from dist_infer.config.loader import LoaderOptions
 from dist_infer.distributed.collectives import SingleRank
 from dist_infer.distributed.shared_memory import SharedMemory, segment_size
@@ -200,7 +199,7 @@ def _loading(dtype: torch.dtype) -> float:
         began = time.perf_counter()
         for _ in range(LOADS):
             destinations = {weight.parameter: torch.empty(weight.shape, dtype=dtype) for weight in weights}
-            prefer_huge_pages(destinations.values())
+            huge_pages.prefer(destinations.values())
             read += load(checkpoint, config, weights, 1, 0, destinations, LoaderOptions()).bytes_requested
             filled.append(destinations)
         return read / (time.perf_counter() - began)
