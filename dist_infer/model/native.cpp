@@ -920,7 +920,17 @@ struct Matrix {
     int64_t outputs, inputs, most;
 };
 
-// `most` rows of x at a time are packed, into the scratch, which stays in the cache while the panels pass by.
+// Rows of x that are multiplied together, in tiles as equal as they go.
+struct Group {
+    int64_t first, count, tiles;
+
+    Group(int64_t first, int64_t count) : first(first), count(count), tiles((count + TILE - 1) / TILE) {}
+    int64_t begin(int64_t tile) const { return tile * (count / tiles) + std::min(tile, count % tiles); }
+    int64_t size(int64_t tile) const { return begin(tile + 1) - begin(tile); }
+};
+
+// `most` rows of x at a time are packed, into the scratch, which stays in the cache while the panels pass by. It has room for two groups: who
+// is done with a group's panels packs rows of the next one.
 template <bool gated> void multiply(const bfloat16* x, const Matrix& matrix, bfloat16* y, uint32_t* scratch, int64_t rows) {
     const uint32_t* packed = matrix.packed;
     const bfloat16* bias = matrix.bias;
@@ -928,39 +938,47 @@ template <bool gated> void multiply(const bfloat16* x, const Matrix& matrix, bfl
     constexpr int64_t wide = gated ? WIDTH : PANEL;  // results of a panel
     int64_t pairs = (inputs + 1) / 2, parts = (pairs + PART - 1) / PART;
     int64_t width = gated ? outputs / 2 : outputs, panels = (width + wide - 1) / wide;
+    auto group_at = [=](int64_t first) { return Group(first, std::max(int64_t(0), std::min(most, rows - first))); };
+    auto packed_of = [=](const Group& group) { return scratch + group.first / most % 2 * most * pairs; };
+    auto pack = [=](const Group& group, int64_t item) {
+        int64_t tile = item / parts, from = item % parts * PART;
+        pack_rows(x + (group.first + group.begin(tile)) * inputs, inputs, group.size(tile), from, std::min(from + PART, pairs),
+                  packed_of(group) + group.begin(tile) * pairs);
+    };
 #pragma omp parallel
-    for (int64_t first = 0; first < rows; first += most) {
-        int64_t count = rows - first < most ? rows - first : most, tiles = (count + TILE - 1) / TILE;
-        auto begin = [=](int64_t tile) { return tile * (count / tiles) + std::min(tile, count % tiles); };  // as equal as they go
+    {
+        const Group start = group_at(0);
 #pragma omp for
-        for (int64_t part = 0; part < tiles * parts; part++) {
-            int64_t tile = part / parts, from = part % parts * PART;
-            pack_rows(x + (first + begin(tile)) * inputs, inputs, begin(tile + 1) - begin(tile), from, std::min(from + PART, pairs),
-                      scratch + begin(tile) * pairs);
-        }
+        for (int64_t item = 0; item < start.tiles * parts; item++) pack(start, item);
+        for (int64_t first = 0; first < rows; first += most) {
+            const Group group = group_at(first), later = group_at(first + most);
+            const uint32_t* rows_packed = packed_of(group);
 #pragma omp for schedule(guided, 2) nowait
-        for (int64_t panel = 0; panel < panels; panel++) {
-            const uint32_t *this_one = packed + panel * pairs * PANEL, *next = this_one + pairs * PANEL;
-            float added[PANEL] = {};
-            for (int64_t column = 0; bias && column < PANEL; column++) {
-                int64_t output = panel * wide + column % wide;
-                if (output >= width) continue;
-                uint32_t bits = (uint32_t)bias[output + column / wide * width].bits << 16;
-                memcpy(added + column, &bits, sizeof bits);
+            for (int64_t panel = 0; panel < panels; panel++) {
+                const uint32_t *this_one = packed + panel * pairs * PANEL, *next = this_one + pairs * PANEL;
+                float added[PANEL] = {};
+                for (int64_t column = 0; bias && column < PANEL; column++) {
+                    int64_t output = panel * wide + column % wide;
+                    if (output >= width) continue;
+                    uint32_t bits = (uint32_t)bias[output + column / wide * width].bits << 16;
+                    memcpy(added + column, &bits, sizeof bits);
+                }
+                for (int64_t tile = 0; tile < group.tiles; tile++) {
+                    int64_t begin = group.begin(tile), size = group.size(tile), near = 16 * PANEL, stride = 0;
+                    const uint32_t* far = nullptr;
+                    // Each half of the next panel.
+                    if (group.tiles > 1 && tile < 2 && panel + 1 < panels) far = next + tile * pairs * WIDTH, stride = WIDTH;
+                    // A lone tile runs at the speed of memory, which the nearest cache alone keeps up only while the products are soon done.
+                    if (group.tiles == 1 && size <= FEW) near = 64 * PANEL;
+                    if (group.tiles == 1 && size > FEW) near = 0, far = this_one + 64 * PANEL, stride = PANEL;
+                    TILES_OF<gated>[size - 1](rows_packed + begin * pairs, this_one, pairs, near, far, stride, added,
+                                              y + (first + begin) * width + panel * wide, width, width - panel * wide);
+                }
             }
-            for (int64_t tile = 0; tile < tiles; tile++) {
-                int64_t size = begin(tile + 1) - begin(tile), near = 16 * PANEL, stride = 0;
-                const uint32_t* far = nullptr;
-                if (tiles > 1 && tile < 2 && panel + 1 < panels) far = next + tile * pairs * WIDTH, stride = WIDTH;  // each half of the next panel
-                // A lone tile runs at the speed of memory, which the nearest cache alone keeps up only while the products are soon done.
-                if (tiles == 1 && size <= FEW) near = 64 * PANEL;
-                if (tiles == 1 && size > FEW) near = 0, far = this_one + 64 * PANEL, stride = PANEL;
-                TILES_OF<gated>[size - 1](scratch + begin(tile) * pairs, this_one, pairs, near, far, stride, added,
-                                          y + (first + begin(tile)) * width + panel * wide, width, width - panel * wide);
-            }
-        }
-        if (first + count < rows) {
-#pragma omp barrier  // the scratch is in use
+            if (!later.count) break;
+#pragma omp for schedule(dynamic) nowait
+            for (int64_t item = 0; item < later.tiles * parts; item++) pack(later, item);
+#pragma omp barrier  // all of the next group is packed, and nobody reads this one any more
         }
     }
 }

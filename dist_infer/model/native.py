@@ -206,7 +206,7 @@ class PackedMatrix:
         self.together = min(max(_NEAR // (2 * inputs) // _TILE, 1), 24) * _TILE
         self.address, self._kernels = self._packed.data_ptr(), kernels
         self._sizes = (outputs, inputs, self.together, gated)
-        kernels.reserve(self.together * pairs)
+        kernels.reserve(2 * self.together * pairs)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [rows, inputs] times the weight, plus `bias` [outputs]: [rows, outputs]; if gated silu(gate) * up, half as wide."""
