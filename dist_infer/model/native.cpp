@@ -78,9 +78,13 @@ inline float sum(Lanes x) {
 }
 
 inline float largest(Lanes x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)x);
+#else
     float most = x[0];
     for (int i = 1; i < WIDTH; i++) most = x[i] > most ? x[i] : most;
     return most;
+#endif
 }
 
 // The greater, or lesser, of each number and a bound; NaN stays. (Compilers make two instructions of a choice.)
@@ -294,16 +298,20 @@ inline void store_units(float* to, Lanes x) { store(to, x); }
 inline void store_units(uint32_t* to, Lanes x) { store((bfloat16*)to, x); }
 #endif
 
-// Add to `sums` the products of rows of units, `stride` apart, with `columns` vectors for each unit, `width` apart.
-template <int rows, int columns, class Unit>
-inline void add_product(const Unit* x, int64_t stride, const Unit* packed, int64_t width, int64_t units, Lanes* sums, int64_t sums_stride) {
+// Add to `sums` the products of rows of units, `stride` apart, with `columns` vectors for each unit, `width` apart. `meanwhile` is called for
+// each unit.
+template <int rows, int columns, class Unit, class Meanwhile>
+__attribute__((always_inline)) inline void add_product(const Unit* x, int64_t stride, const Unit* packed, int64_t width, int64_t units,
+                                                       Lanes* sums, int64_t sums_stride, Meanwhile meanwhile) {
     Lanes part[rows][columns];
     for (int row = 0; row < rows; row++)
         for (int column = 0; column < columns; column++) part[row][column] = sums[row * sums_stride + column];
-    for (int64_t unit = 0; unit < units; unit++, packed += width)
+    for (int64_t unit = 0; unit < units; unit++, packed += width) {
+        meanwhile();
         for (int row = 0; row < rows; row++)
             for (int column = 0; column < columns; column++)
                 part[row][column] = add_products(part[row][column], packed + column * WIDTH, x[row * stride + unit]);
+    }
     for (int row = 0; row < rows; row++)
         for (int column = 0; column < columns; column++) sums[row * sums_stride + column] = part[row][column];
 }
@@ -330,18 +338,21 @@ template <class T> struct Scratch {
     ~Scratch() { free(scores); }
 };
 
-// Asks memory early for tokens of a head, at `places` of the cache, some at a time.
+// Asks memory early for tokens of a head, at `places` of the cache. A core waits for some 20 lines at a time and then for the first of them, so
+// they are asked for one by one, between other work.
 template <class T> struct Ahead {
     const T *keys, *values;
     const int64_t* places;
-    int64_t head_dim, next = 0;
+    int64_t head_dim, token = 0, dim = 0;
 
-    void ask(int64_t tokens) {
-        for (; tokens-- && next < KEYS && places[next] >= 0; next++)
-            for (int64_t dim = 0; dim < head_dim; dim += 64 / (int64_t)sizeof(T)) {
-                __builtin_prefetch(keys + places[next] + dim, 0, 2);
-                __builtin_prefetch(values + places[next] + dim, 0, 2);
-            }
+    // So many lines of the keys, and of the values.
+    void ask(int64_t lines) {
+        while (lines-- && token < KEYS && places[token] >= 0) {
+            __builtin_prefetch(keys + places[token] + dim, 0, 2);
+            __builtin_prefetch(values + places[token] + dim, 0, 2);
+            dim += 64 / (int64_t)sizeof(T);
+            if (dim >= head_dim) dim = 0, token++;
+        }
     }
 };
 
@@ -369,7 +380,7 @@ template <class T> struct Held {
         for (int64_t key = 0; key < tiles * WIDTH; key += WIDTH) {
             bool full = at[key + WIDTH - 1] >= 0;
             for (int64_t unit = 0; unit < units; unit += WIDTH) {
-                ahead.ask(2);
+                ahead.ask(4);
                 Ints x[WIDTH];
                 if (full && unit + WIDTH <= units)
 #pragma GCC unroll 16
@@ -430,17 +441,17 @@ void attend_rows(int64_t row, int64_t first, int64_t tiles, int64_t units, int64
     constexpr int64_t keys = KEYS / Units<T>::SIZE;
     int64_t dims = lanes * WIDTH;
     for (int64_t i = row * TILES; i < (row + rows) * TILES; i++) s.scores[i] = Lanes{};
-    add_product<rows, TILES>(s.queries + row * dims, dims, s.keys, KEYS, units, s.scores + row * TILES, TILES);
-    ahead.ask(8);
+    auto meanwhile = [&] { ahead.ask(1); };
+    add_product<rows, TILES>(s.queries + row * dims, dims, s.keys, KEYS, units, s.scores + row * TILES, TILES, meanwhile);
     for (int64_t i = row; i < row + rows; i++) {
         weigh<T>(i, first, tiles, begins[i], ends[i], lanes, scale, softcap, s);
-        ahead.ask(8);
+        ahead.ask(10);
     }
     int64_t lane = 0, used = tiles * WIDTH / Units<T>::SIZE;
     for (; lane + 4 <= lanes; lane += 4)
-        add_product<rows, 4>(s.weights + row * keys, keys, s.values + lane * WIDTH, dims, used, s.mixed + row * lanes + lane, lanes);
+        add_product<rows, 4>(s.weights + row * keys, keys, s.values + lane * WIDTH, dims, used, s.mixed + row * lanes + lane, lanes, meanwhile);
     for (; lane < lanes; lane++)
-        add_product<rows, 1>(s.weights + row * keys, keys, s.values + lane * WIDTH, dims, used, s.mixed + row * lanes + lane, lanes);
+        add_product<rows, 1>(s.weights + row * keys, keys, s.values + lane * WIDTH, dims, used, s.mixed + row * lanes + lane, lanes, meanwhile);
 }
 
 // A piece of work: tokens of a span, with the query heads of some KV heads.
@@ -504,7 +515,7 @@ template <class T> void attend(const Job<T>& job, const Piece& piece, const Held
             if (end - row == 3) attend_rows<3, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s, ahead);
             if (end - row == 2) attend_rows<2, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s, ahead);
             if (end - row == 1) attend_rows<1, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s, ahead);
-            ahead.ask(KEYS);
+            ahead.ask(KEYS * lanes);
         }
     }
     for (row = 0; row < rows; row++)

@@ -86,9 +86,8 @@ class NativeBlocks:
         """Whether these are still the blocks, and their packed weights where they were."""
         if self._blocks is not blocks:
             return False
-        return all(
-            linear.packed is not None and linear.packed is packed() for linear, packed in zip(self._linears, self._packed, strict=True)
-        )
+        packed = [linear.packed for linear in self._linears]
+        return None not in packed and packed == [was() for was in self._packed]
 
     def run(self, x: Tensor, angles: Sequence[tuple[Tensor, Tensor]], cache: KVCache, plan: AttentionPlan) -> Tensor:
         """Compute the first of the blocks, as many as there are `angles`.

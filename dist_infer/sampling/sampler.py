@@ -19,7 +19,7 @@ from dist_infer.sampling.draws import BINS, BINS_PER_NAT
 from dist_infer.sampling.noise import gumbel, row_keys
 from dist_infer.sampling.ranking import in_order
 from dist_infer.sampling.slots import SlotParams
-from dist_infer.sampling.summary import SummaryLayout, shortlisted
+from dist_infer.sampling.summary import GREEDY, SummaryLayout, shortlisted
 
 MARGIN = 1e-5  # relative; summed probabilities are known to about 1e-6
 
@@ -94,6 +94,8 @@ def decide(
         targets: As in `Rows`.
     """
     count = len(params)
+    if layout == GREEDY:
+        return _decide_greedy(summaries, count)
     data = _Summaries(layout, summaries)
     shard_best = data.values("best")[:, :, 0]
     shard = shard_best.argmax(axis=1)  # ranks hold ascending ids, so the first of equals has the lowest
@@ -139,6 +141,18 @@ def decide(
         unresolved=np.flatnonzero(finite & ~decided).tolist(),
         invalid=np.flatnonzero(~finite).tolist(),
     )
+
+
+def _decide_greedy(summaries: Sequence[Tensor], count: int) -> Decisions:
+    """`decide` where every row takes the best: most steps of most runs, between which the processor waits."""
+    found = summaries[0].numpy()
+    if len(summaries) > 1:
+        shards = np.stack([shard.numpy() for shard in summaries], axis=1)
+        found = shards[np.arange(count), shards[:, :, 0].argmax(axis=1)]  # ranks hold ascending ids, so the first of equals has the lowest
+    finite = np.isfinite(found[:, 0])
+    tokens = np.where(finite, found[:, 1].view(np.int32), -1).tolist()
+    invalid = [] if finite.all() else np.flatnonzero(~finite).tolist()
+    return Decisions(tokens, [None] * count, [[] for _ in tokens], [False] * count, [], invalid)
 
 
 def resolve(processed: Tensor, raw: Tensor | None, params: SlotParams, position: int) -> Resolved:

@@ -51,7 +51,7 @@ class SummaryLayout:
     def for_rows(cls, params: Iterable[SlotParams], has_targets: bool) -> SummaryLayout:
         """The layout that rows with these parameters need, in whatever order they come."""
         shortlist, noised, logprobs, masses, counts = 0, 0, NO_LOGPROBS, False, False
-        for p in set(params):
+        for p in params:
             logprobs = max(logprobs, p.logprobs)
             if p.greedy:
                 continue
