@@ -268,8 +268,9 @@ template <> struct Units<bfloat16> {
 };
 inline Lanes units_of(const bfloat16* from, uint32_t) { return load((const float*)from); }
 inline Lanes units_of(const bfloat16* from, int64_t count, uint32_t) {
+    if (count >= 2 * WIDTH) return load((const float*)from);
     bfloat16 part[2 * WIDTH] = {};
-    memcpy(part, from, (count < 2 * WIDTH ? count : 2 * WIDTH) * sizeof(bfloat16));
+    memcpy(part, from, count * sizeof(bfloat16));
     return load((const float*)part);
 }
 // Of two rows, each number beside the other row's.
@@ -295,7 +296,10 @@ inline Lanes add_products(Lanes sum, const uint32_t* units, uint32_t x) {
 
 inline void store_units(float* to, Lanes x) { store(to, x); }
 #ifdef __AVX512BF16__
-inline void store_units(uint32_t* to, Lanes x) { store((bfloat16*)to, x); }
+inline void store_units(uint32_t* to, Lanes x) {
+    __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+    memcpy(to, &half, sizeof half);
+}
 #endif
 
 // Add to `sums` the products of rows of units, `stride` apart, with `columns` vectors for each unit, `width` apart. `meanwhile` is called for
@@ -518,9 +522,10 @@ template <class T> void attend(const Job<T>& job, const Piece& piece, const Held
             ahead.ask(KEYS * lanes);
         }
     }
-    for (row = 0; row < rows; row++)
-        for (int64_t i = 0; i < lanes; i++)
-            store(to[row] + i * WIDTH, s.mixed[row * lanes + i] / sum(s.totals[row]), head_dim - i * WIDTH);
+    for (row = 0; row < rows; row++) {
+        float factor = 1.0f / sum(s.totals[row]);
+        for (int64_t i = 0; i < lanes; i++) store(to[row] + i * WIDTH, s.mixed[row * lanes + i] * factor, head_dim - i * WIDTH);
+    }
 }
 
 template <class T>
