@@ -94,6 +94,17 @@ def test_each_filter_alone_matches_the_reference(kind: str, features: dict[str, 
         assert run_sharded(logits, params, range(rows), shards)[0] == expected, f"{shards} shards"
 
 
+@pytest.mark.parametrize("kind", ["flat", "ties", "zeros", "equal", "banned"])
+def test_greedy_rows_take_the_first_of_the_best(kind: str) -> None:
+    logits = logits_of(kind, 12, VOCAB, seed=2)
+    logits[4, VOCAB - 1] = float("nan")
+    logits[7] = float("-inf")
+    expected = [-1 if row in (4, 7) else int(logits[row].numpy().argmax()) for row in range(12)]
+    for shards in SHARDS:
+        tokens, decisions = run_sharded(logits, [SlotParams()] * 12, range(12), shards)
+        assert (tokens, decisions.invalid) == (expected, [4, 7]), f"{shards} shards"
+
+
 @pytest.mark.parametrize("features", [{}, {"top_k": 50}, {"top_k": 200}, {"top_p": 0.5}, {"min_p": 1e-30}])
 def test_logits_so_great_that_noise_rounds_to_ties_match_the_reference(features: dict[str, float]) -> None:
     rows = 12
