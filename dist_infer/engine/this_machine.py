@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ from dist_infer.model.layers import Linear
 from dist_infer.model.native import kernels
 from dist_infer.model.weights import describe
 
+Found = TypeVar("Found")
+
 # Larger than the caches of a few cores, so that weights come from memory, as a model's do.
 PROBE = ModelConfig("llama", 4096, 1024, 2816, layers=8, heads=16, kv_heads=4, head_dim=64, norm_eps=1e-5, max_position=4096)
 # So small that a layer takes what Python and the calls of kernels take.
@@ -49,7 +52,7 @@ LOADS = 12  # of a small model; the later half counts, for a hypervisor gives th
 ROWS = 256  # of products that arithmetic limits
 SMALL, LARGE = 8 << 10, 1 << 20  # bytes of all-reduces
 NARROW, WIDE = 64, 8192  # outputs of the projection whose weight is gathered
-PAIR_TIMEOUT_S = 60.0
+TIMEOUT_S = 60.0  # of what processes of ours measure
 
 
 def measure(dtype: torch.dtype, pack: bool, native: bool) -> Cluster:
@@ -61,8 +64,11 @@ def measure(dtype: torch.dtype, pack: bool, native: bool) -> Cluster:
         native: Whether compiled kernels are used.
     """
     cores, memory = len(os.sched_getaffinity(0)), free_bytes(torch.device("cpu"), 1)
-    shared, gathers = _links(dtype) if cores > 1 else (Link(math.inf, 0), Link(math.inf, 0))
-    storage = _loading(dtype)  # while memory is fresh, as it is to a model that is loaded
+    shared = gathers = Link(math.inf, 0)
+    with tempfile.TemporaryDirectory() as directory:
+        storage = _forked(1, _loading, directory, dtype)  # first, while memory is fresh, as it is to a model that is loaded
+        if cores > 1:
+            shared, gathers = _forked(2, _links, directory, mmap.mmap(-1, segment_size(2)), dtype)
     with torch.inference_mode():
         probe, slight = _Probe(PROBE, dtype, native), _Probe(SLIGHT, dtype, native)
         packed = plain = probe.products()
@@ -188,53 +194,58 @@ def _fastest(call: Callable[[], object], times: int = 3) -> float:
     return min(found)
 
 
-def _loading(dtype: torch.dtype) -> float:
+def _loading(rank: int, directory: str, dtype: torch.dtype) -> float:
     """Bytes/s of our loader, from the page cache into memory that is asked for while it reads."""
     config = replace(PROBE, layers=FEW_LAYERS)
     weights = list(describe(config))
-    with tempfile.TemporaryDirectory() as directory:
-        tensors = {piece.name: torch.ones(piece.shape, dtype=dtype) for weight in weights for piece in weight.pieces}
-        save_file(tensors, Path(directory, "model.safetensors"))
-        checkpoint, filled, read, began = open_checkpoint(directory), [], 0, 0.0
-        for count in range(LOADS):
-            if count == LOADS // 2:
-                read, began = 0, time.perf_counter()
-            destinations = {weight.parameter: torch.empty(weight.shape, dtype=dtype) for weight in weights}
-            huge_pages.prefer(destinations.values())
-            read += load(checkpoint, config, weights, 1, 0, destinations, LoaderOptions()).bytes_requested
-            filled.append(destinations)
-        return read / (time.perf_counter() - began)
+    tensors = {piece.name: torch.ones(piece.shape, dtype=dtype) for weight in weights for piece in weight.pieces}
+    save_file(tensors, Path(directory, "model.safetensors"))
+    checkpoint, filled, read, began = open_checkpoint(directory), [], 0, 0.0
+    for count in range(LOADS):
+        if count == LOADS // 2:
+            read, began = 0, time.perf_counter()
+        destinations = {weight.parameter: torch.empty(weight.shape, dtype=dtype) for weight in weights}
+        huge_pages.prefer(destinations.values())
+        read += load(checkpoint, config, weights, 1, 0, destinations, LoaderOptions()).bytes_requested
+        filled.append(destinations)
+    return read / (time.perf_counter() - began)
 
 
-def _links(dtype: torch.dtype) -> tuple[Link, Link]:
+def _links(rank: int, directory: str, segment: mmap.mmap, dtype: torch.dtype) -> tuple[Link, Link]:
     """All-reduce through shared memory, and FSDP's gathers, between two processes of one thread each."""
+    torch.set_num_threads(1)
+    return _all_reduces(SharedMemory(segment, rank, (0, 1), True, TIMEOUT_S)), _gathers(rank, f"{directory}/store", dtype)
+
+
+def _forked(count: int, work: Callable[..., Found], *args: object) -> Found:
+    """What the first of `count` processes finds, each of which calls work(rank, *args).
+
+    Raises:
+        RuntimeError: One failed, or the first took too long.
+    """
     context = multiprocessing.get_context("fork")  # quick, and our threads are not running yet
-    segment = mmap.mmap(-1, segment_size(2))
     ours, theirs = context.Pipe()
-    with tempfile.TemporaryDirectory() as directory:
-        store = f"{directory}/store"
-        pair = [context.Process(target=_measure_pair, args=(rank, segment, store, dtype, theirs), daemon=True) for rank in range(2)]
-        for process in pair:
-            process.start()
-        found = ours.recv() if ours.poll(PAIR_TIMEOUT_S) else None
-        for process in pair:
-            if found is None:
-                process.kill()
-            process.join()
-    if found is None or isinstance(found, str):
-        raise RuntimeError(f"two processes could not talk to each other, so no plan for several ranks can be made: {found or 'no answer'}")
-    return found
+    processes = [context.Process(target=_answer, args=(rank, work, args, theirs), daemon=True) for rank in range(count)]
+    for process in processes:
+        process.start()
+    found, error = ours.recv() if ours.poll(TIMEOUT_S) else (None, "no answer")
+    for process in processes:
+        if error:
+            process.kill()
+        process.join()
+    if error:
+        raise RuntimeError(f"this machine could not be measured: {error}")
+    return cast("Found", found)
 
 
-def _measure_pair(rank: int, segment: mmap.mmap, store: str, dtype: torch.dtype, answers: Connection) -> None:
-    """What either process does; the first answers."""
+def _answer(rank: int, work: Callable[..., object], args: tuple[object, ...], answers: Connection) -> None:
+    """What a forked process does; the first answers, or who fails."""
     try:
-        torch.set_num_threads(1)
-        found = _all_reduces(SharedMemory(segment, rank, (0, 1), True, PAIR_TIMEOUT_S)), _gathers(rank, store, dtype)
+        found = work(rank, *args)
         if rank == 0:
-            answers.send(found)
+            answers.send((found, ""))
     except Exception as error:
-        answers.send(f"{type(error).__name__}: {error}")
+        answers.send((None, f"{type(error).__name__}: {error}"))
     finally:
         os._exit(0)
 
