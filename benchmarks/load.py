@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +59,7 @@ def ours(directory: Path, axis: str, *overrides: str) -> Side:
     shape = MeshShape(1, ranks, 1) if axis == "fsdp" else MeshShape(1, 1, ranks)
     world = World.join(options.parallel, "cpu", shape.size, may_exit=False)
     shard = ModelShard(blueprint.config, Mesh(world, shape, options.parallel), blueprint.dtype, world.device)
+    weakref.finalize(shard, world.close)
 
     def load() -> int:
         opened = Blueprint.of(options).checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import json
 import os
@@ -22,7 +23,8 @@ from dist_infer.distributed.roll_call import RollCall
 
 POLL_S = 0.5  # how often the store is asked for another rank's error
 GRACE_S = 5.0  # for the main thread to leave after a failure
-VERDICT_S = 2.0  # how long a broken connection waits to be told whose death broke it
+VERDICT_S = 2.0  # for ranks to answer a roll call, and for a report to be heard
+ECHO_S = 2.5 * VERDICT_S  # how long a broken connection waits to be told who broke it: a roll call and its report may have to come first
 
 FAILURE = "failure"
 
@@ -98,7 +100,8 @@ class Watchdog:
                 self._threads.append(threading.Thread(target=run, name=f"dist_infer {name}", daemon=True))
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Begin to watch; ends with the process at the latest, for a thread that comes from torch while Python ends aborts it."""
+        atexit.register(self.stop)
         for thread in self._threads:
             thread.start()
 
@@ -141,7 +144,8 @@ class Watchdog:
             return error
         late = self._late() if isinstance(error, CollectiveTimeout) else None
         if late is None and _is_broken_connection(error):
-            self._decided.wait(VERDICT_S)
+            self._roll_call.waited = True  # it is not for this rank that another one calls
+            self._decided.wait(ECHO_S)
         ours = self._of(self._rank, f"failed: {_one_line(error)}") if late is None else late
         self._report(ours)
         first = self.failure or late
@@ -163,8 +167,9 @@ class Watchdog:
             self._stopping.set()
             os.write(self._wake_write, b"!")
             self._decided.set()
+            atexit.unregister(self.stop)
             for thread in self._threads:
-                if thread.is_alive():
+                if thread.is_alive() and thread is not threading.current_thread():  # whoever lets go of a model may be any
                     thread.join(GRACE_S if self.failure is None else POLL_S)  # it may be waiting for a store that is mute
             os.close(self._wake_write)
             os.close(self._wake_read)

@@ -19,7 +19,7 @@ class RollCall:
     A backend that times out says that it waited, not for whom.
 
     Attributes:
-        waited: This rank was in a collective until it gave up.
+        waited: This rank was in a collective until it gave up, or until the connection broke.
     """
 
     def __init__(self, rank: int, size: int) -> None:

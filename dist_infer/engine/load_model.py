@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from contextlib import ExitStack
+
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_infer.checkpoint.shard import ModelShard
@@ -19,7 +22,8 @@ def load_model(path: str, mesh: DeviceMesh | None = None, overrides: list[str] |
     """Load this rank's shard of the checkpoint at `path`; every rank of `mesh` calls it.
 
     The module is called with a `Batch` (see `dist_infer.model.batch`), a cache from its `new_cache`, and a
-    function that receives the logits of this rank's vocabulary slice.
+    function that receives the logits of this rank's vocabulary slice. As long as it lives, or the process, ranks that fail are noticed;
+    when it is let go of this rank leaves in order.
 
     Args:
         path: Checkpoint directory, or a Hugging Face id in the local cache.
@@ -34,8 +38,11 @@ def load_model(path: str, mesh: DeviceMesh | None = None, overrides: list[str] |
     assert blueprint.checkpoint is not None
     shape = _shape(mesh)
     world = World.join(options.parallel, options.device, shape.size, may_exit=False)
-    shard = ModelShard(blueprint.config, Mesh(world, shape, options.parallel), blueprint.dtype, world.device)
-    shard.load(blueprint.checkpoint, options.loader)
+    with ExitStack() as member:
+        member.enter_context(world)
+        shard = ModelShard(blueprint.config, Mesh(world, shape, options.parallel), blueprint.dtype, world.device)
+        shard.load(blueprint.checkpoint, options.loader)
+        weakref.finalize(shard.decoder, member.pop_all().close)
     return shard.decoder
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from dist_infer.config.parallel import ParallelOptions
 from dist_infer.distributed.clock import OwnClock
+from dist_infer.distributed.collectives import CollectiveTimeout
 from dist_infer.distributed.health import RankFailure, Watchdog
 from dist_infer.distributed.host import Host
 from dist_infer.distributed.mesh import Mesh, MeshShape
@@ -200,6 +202,24 @@ def test_first_error_wins(ranks: Ranks) -> None:
     winner = int(firsts.pop().removeprefix("rank ").split()[0])
     for rank, (first, raised) in enumerate(answers):
         assert raised == (f"ValueError: number {rank}" if rank == winner else f"RankFailure: {first}")
+
+
+def check_echo() -> str:
+    """Rank 2 is late: rank 1 has waited for it too long, and rank 0 is told no more than that a connection broke."""
+    world = World.join(ParallelOptions(), "cpu", may_exit=False)
+    if world.rank == 2:
+        while world.watchdog.failure is None:
+            threading.Event().wait(0.01)
+        error: Exception = world.watchdog.failure
+    else:
+        error = world.watchdog.explain([RuntimeError("gloo: Connection closed by peer"), CollectiveTimeout("waited")][world.rank])
+    world.close(failed=True)
+    return str(error)
+
+
+def test_broken_connection_waits_for_the_roll_call(ranks: Ranks) -> None:
+    for said in ranks(3).run(check_echo):
+        assert re.match(r"rank 2 \(host .*, pid \d+\) did not come to a collective in time: it was in wait \(threading.py", said), said
 
 
 def check_stops_waiting() -> None:
