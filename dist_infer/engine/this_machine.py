@@ -228,7 +228,11 @@ def _forked(count: int, work: Callable[..., Found], *args: object) -> Found:
     processes = [context.Process(target=_answer, args=(rank, work, args, theirs), daemon=True) for rank in range(count)]
     for process in processes:
         process.start()
-    found, error = ours.recv() if ours.poll(TIMEOUT_S) else (None, "no answer")
+    theirs.close()  # so that we are told when all of them are gone
+    try:
+        found, error = ours.recv() if ours.poll(TIMEOUT_S) else (None, f"no answer within {TIMEOUT_S:g} s")
+    except EOFError:
+        found, error = None, "a process ended without an answer; perhaps it had too little memory"
     for process in processes:
         if error:
             process.kill()

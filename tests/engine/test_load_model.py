@@ -9,17 +9,17 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from dist_infer import load_model
+from dist_infer.distributed.health import RankFailure
 from dist_infer.model.batch import Batch, TokenSpan
 from dist_infer.model.decoder import Decoder
-from tests.engine.references import reference
-from tests.ranks import RankError, Ranks
+from tests.engine.references import make_model, reference
+from tests.ranks import Ranks
 
 FLOAT32 = ["device=cpu", "model.dtype=float32"]
 REFERENCE = reference("kempnerforge")
@@ -30,6 +30,7 @@ atexit.register(lambda: print([thread.name for thread in threading.enumerate()])
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from dist_infer import load_model
+from dist_infer.distributed.health import RankFailure
 rank, store, path = int(sys.argv[1]), *sys.argv[2:]
 dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
 decoder = load_model(path, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), ["device=cpu"])
@@ -58,9 +59,15 @@ def on_a_mesh(axis: str) -> tuple[np.ndarray, list[str]]:
     return found.numpy(), [thread.name for thread in threading.enumerate() if "watchdog" in thread.name]
 
 
-def damaged(path: str) -> None:
-    """Load what cannot be loaded."""
-    load_model(path, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), FLOAT32)
+def damaged(path: str) -> str:
+    """What this rank is told when rank 1 finds damage: while it loads, or when it wants to compute with the others."""
+    try:
+        decoder = load_model(path, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), FLOAT32)
+        assert isinstance(decoder, Decoder)
+        while True:
+            logits_of(decoder, [1, 2, 3])
+    except (ValueError, RankFailure) as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def test_numbers_on_meshes_and_leaving(ranks: Ranks) -> None:
@@ -87,6 +94,11 @@ def test_processes_that_keep_it_end_in_order(tmp_path: Path) -> None:
     assert not any("dist_infer" in err or "terminate" in err for _, err in said), said
 
 
-def test_a_mistake_is_told_on_every_rank(ranks: Ranks, tmp_path: Path) -> None:
-    with pytest.raises(RankError, match="no such"):
-        ranks(2).run(damaged, str(tmp_path / "nothing"))
+def test_damage_that_one_rank_finds_is_told_on_every_rank(ranks: Ranks, tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight[-1] = float("nan")
+    model.save_pretrained(tmp_path)
+    first, second = ranks(2).run(damaged, str(tmp_path))
+    assert second.startswith("ValueError: ") and "gate_proj" in second
+    assert first.startswith("RankFailure: rank 1 (") and "gate_proj" in first
