@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -207,19 +208,32 @@ def test_first_error_wins(ranks: Ranks) -> None:
 def check_echo() -> str:
     """Rank 2 is late: rank 1 has waited for it too long, and rank 0 is told no more than that a connection broke."""
     world = World.join(ParallelOptions(), "cpu", may_exit=False)
-    if world.rank == 2:
+    assert world.store is not None
+    if world.rank == 0:
+        threading.Thread(target=say_that_it_waits, args=(world,), daemon=True).start()
+        error = world.watchdog.explain(RuntimeError("gloo: Connection closed by peer"))
+    elif world.rank == 1:
+        world.store.wait(["rank 0 waits"], timedelta(seconds=30))
+        error = world.watchdog.explain(CollectiveTimeout("waited"))
+    else:
         while world.watchdog.failure is None:
             threading.Event().wait(0.01)
-        error: Exception = world.watchdog.failure
-    else:
-        error = world.watchdog.explain([RuntimeError("gloo: Connection closed by peer"), CollectiveTimeout("waited")][world.rank])
+        error = world.watchdog.failure
     world.close(failed=True)
     return str(error)
 
 
+def say_that_it_waits(world: World) -> None:
+    """Beside the main thread: rank 1 may call the roll once this rank's explanation has begun."""
+    while not world.watchdog._roll_call.waited:
+        threading.Event().wait(0.001)
+    assert world.store is not None
+    world.store.set("rank 0 waits", "1")
+
+
 def test_broken_connection_waits_for_the_roll_call(ranks: Ranks) -> None:
     for said in ranks(3).run(check_echo):
-        assert re.match(r"rank 2 \(host .*, pid \d+\) did not come to a collective in time: it was in wait \(threading.py", said), said
+        assert re.match(r"rank 2 \(host .*, pid \d+\) did not come to a collective in time: it was in ", said), said
 
 
 def check_stops_waiting() -> None:
