@@ -84,6 +84,8 @@ def figures(measured: Measured, parameter_bytes: int, decoded: list[int], prefil
     judged.append(_of(measured, "fsdp=2 over replicas=2, scoring", "scoring", "ours fsdp=2", "ours replicas=2", 0.7))
     judged.append(_of(measured, "top-p 0.95 over greedy, time of a step", "sampled", "top-p 0.95", "greedy", 1.1, at_least=False))
     judged.append(_of(measured, "features on and not used over off", "idle", "ours tp=1", "ours, features off", IDLE, at_least=False))
+    twins = ("ours, features off again", "ours, features off")
+    judged.append(_of(measured, "features off over off, in another process", "idle", *twins, IDLE, at_least=False))
     judged.append(Figure("steepest rise of the curve over proportion", TOLERANCE, False, steepest(measured)))
     return judged
 

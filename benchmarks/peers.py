@@ -16,13 +16,15 @@ from side import Side
 HERE = Path(__file__).parent
 KV_CACHE_TOKENS = 40_960  # more than any workload needs
 MAX_BATCH_TOKENS = 4096  # of a step; the same for ours and vLLM
+FEATURES_OFF = ["parallel.tp=1", "engine.prefix_cache=false", "engine.chunked_prefill=false"]
 
 OURS = {
     "ours tp=1": ["parallel.tp=1"],
     "ours tp=2": ["parallel.tp=2"],
     "ours fsdp=2": ["parallel.fsdp=2", "parallel.tp=1"],
     "ours replicas=2": ["parallel.replicas=2", "parallel.tp=1"],
-    "ours, features off": ["parallel.tp=1", "engine.prefix_cache=false", "engine.chunked_prefill=false"],
+    "ours, features off": [*FEATURES_OFF],
+    "ours, features off again": [*FEATURES_OFF],  # what two processes that do the same differ by
 }
 
 

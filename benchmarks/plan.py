@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
@@ -39,6 +39,7 @@ PROMPT, OUTPUT = 128, 64  # tokens
 SCORED = 4  # of a prompt that is scored
 SEQUENCES = 32  # of prefill and scoring
 KV_GIB = 1.0
+FIGURES = ("loading", "decode", "prefill", "scoring", "cache", "bytes")
 # A hypervisor takes freed memory back within seconds. Before that it is filled several times faster than fresh memory is.
 REST_S = 15.0
 
@@ -171,38 +172,43 @@ def in_a_process_of_its_own(path: Path, shape: MeshShape) -> float:
         return pool.submit(loading, path, shape).result()
 
 
-def compare(path: Path, shape: MeshShape, rounds: int) -> Iterator[Row]:
-    """Every figure of one mesh."""
+def compare(path: Path, shape: MeshShape, rounds: int, only: Collection[str]) -> Iterator[Row]:
+    """Figures of one mesh: those of `only` that can be had on it."""
     mesh = f"fsdp={shape.fsdp} tp={shape.tp}"
-    loads = []
-    for _ in range(rounds):
-        time.sleep(REST_S)
-        predicted = forecast(overrides(path, shape), 1, OUTPUT)["load_s"]
-        time.sleep(REST_S)
-        loads.append((predicted, in_a_process_of_its_own(path, shape)))
-    yield _median(mesh, "loading, s", loads)
+    if "loading" in only:
+        loads = []
+        for _ in range(rounds):
+            time.sleep(REST_S)
+            predicted = forecast(overrides(path, shape), 1, OUTPUT)["load_s"]
+            time.sleep(REST_S)
+            loads.append((predicted, in_a_process_of_its_own(path, shape)))
+        yield _median(mesh, "loading, s", loads)
+    if not set(only) & {"cache", "bytes", *(("decode", "prefill") if shape.fsdp == 1 else ("scoring",))}:
+        return
     running = Running(path, shape)
     try:
-        if shape.fsdp == 1:
+        if "decode" in only and shape.fsdp == 1:
             running.decode(1)  # the first step of all makes caches
             for batch in (1, 8, 32):
                 pairs = [
                     (1e3 * seconds_of(running.forecast(batch, OUTPUT)["decode_step"]), 1e3 * running.decode(batch)) for _ in range(rounds)
                 ]
                 yield _median(mesh, f"decode step, batch {batch}, ms", pairs)
+        if "prefill" in only and shape.fsdp == 1:
             running.prefill()
             pairs = [(running.forecast(SEQUENCES, 1)["prefill"], running.prefill()) for _ in range(rounds)]
             yield _median(mesh, f"prefill {SEQUENCES} x {PROMPT}, tokens/s", pairs)
-        else:
+        if "scoring" in only and shape.fsdp > 1:
             running.score()
             pairs = [(running.forecast(SEQUENCES, 0)["prefill"], running.score()) for _ in range(rounds)]
             yield _median(mesh, f"scoring {SEQUENCES} x {PROMPT}, tokens/s", pairs)
-        said_before = running.forecast(1, OUTPUT)
-        assert running.session.engine is not None
-        allocators = running.session.engine.scheduler.allocators
-        yield Row(mesh, "tokens of KV cache", said_before["kv_tokens"], sum(allocator.available for allocator in allocators) * 16)
-        if shape.tp > 1:
-            said = sum(one["count"] * one["bytes"] for one in said_before["traffic"])
+        if "cache" in only:
+            assert running.session.engine is not None
+            allocators = running.session.engine.scheduler.allocators
+            held = sum(allocator.available for allocator in allocators) * 16
+            yield Row(mesh, "tokens of KV cache", running.forecast(1, OUTPUT)["kv_tokens"], held)
+        if "bytes" in only and shape.tp > 1:
+            said = sum(one["count"] * one["bytes"] for one in running.forecast(1, OUTPUT)["traffic"])
             yield Row(mesh, "bytes a rank says in a decode step", said, running.said())
     finally:
         running.session.close()
@@ -222,6 +228,7 @@ def main() -> None:
     """Print predicted, measured and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of measuring the machine and then the model; the middle ratio is shown")
+    parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, help="some of the figures")
     parser.add_argument("--checkpoint", type=Path, help="another model, or this one where it is written already")
     parser.add_argument("--json", type=Path, help="file for all figures")
     args = parser.parse_args()
@@ -232,7 +239,7 @@ def main() -> None:
             write_model(model_config("303M"), Path(directory, "303M"))
         path = args.checkpoint or Path(directory, "303M", "dcp")
         for shape in (MeshShape(1, 1, 1), MeshShape(1, 1, 2), MeshShape(1, 2, 1)):
-            for row in compare(path, shape, args.rounds):
+            for row in compare(path, shape, args.rounds, args.only):
                 rows.append(row)
                 figures = f"{row.predicted:>12,.5g} {row.measured:>12,.5g} {row.predicted / row.measured:>6.2f}"
                 print(f"{row.mesh:>14} {row.what:>36} {figures}", flush=True)

@@ -200,7 +200,8 @@ class Maker:
         def turns(rng: random.Random) -> list[Turn]:
             command = _generate(self._prompts(rng, batch, self.sizes.prompt), [self.sizes.new] * batch)
             return [
-                Turn(name, name, command, lambda answer, name=name: {name: step_ms(answer, batch)}) for name in (side, "ours, features off")
+                Turn(name, name, command, lambda answer, name=name: {name: step_ms(answer, batch)})
+                for name in (side, "ours, features off", "ours, features off again")
             ]
 
         return turns

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,7 +35,7 @@ class LLM:
 
     In a plain Python process or notebook this process is rank 0 and starts the other ranks itself.
     Under torchrun or srun every rank runs the same script and makes the same calls; the conductor
-    (rank 0) gets the results, the others an empty list.
+    (rank 0) gets the results, the others an empty list. Ranks leave when it is closed, or else let go of, or when Python ends.
 
     Args:
         path: Checkpoint directory, or a Hugging Face id in the local cache.
@@ -160,22 +162,20 @@ class LLM:
 
     def close(self) -> None:
         """Free the ranks and their memory; every rank calls this."""
-        if not self._closed:
-            self._closed = True
-            self._session.close()
+        self._end()
 
     def __enter__(self) -> LLM:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and not self._closed:
-            self._closed = True
+        if error is not None and self._end.detach() is not None:
             self._session.close(error)
         self.close()
 
     def _start(self, session: Session) -> None:
         self._session = session
-        self._closed = False
+        self._end = weakref.finalize(self, session.close)  # once; at the latest when nobody holds this any more
+        atexit.register(self._end)  # or when the process ends, before its watchdog does
         self._intake = Intake(session.blueprint) if session.is_conductor else None
 
     def _run(self, requests: list[Request]) -> list[Result]:
