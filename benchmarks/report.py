@@ -54,7 +54,7 @@ def print_figures(judged: list[Figure]) -> None:
     """Asked, reached, and whether that is enough; the spread is that of the rounds."""
     print(f"\n{'figure':<52} {'asked':>12} {'reached (least to most)':>28}")
     for figure in judged:
-        bound = f"{'at least' if figure.at_least else 'at most'} {figure.asked:g}"
+        bound = f"{'at least' if figure.at_least else 'at most'} {figure.asked:.3g}"
         reached = "not measured" if figure.reached is None else str(figure.reached)
         met = {None: "", True: "yes", False: "no"}[figure.met]
         print(f"{figure.name:<52} {bound:>12} {reached:>28}  {met}")

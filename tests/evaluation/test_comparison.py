@@ -113,3 +113,10 @@ def test_figures_are_judged_against_what_is_asked() -> None:
     assert found("bandwidth limit, decode, batch 1") == (pytest.approx(50 / (40 / 0.6)), False)
     assert found("lm_eval hf, shared-prefix choices") == (pytest.approx(7.0), True)
     assert judged["vLLM tp=2, decode, batch 32"].met is None
+
+
+@pytest.mark.parametrize(("again", "met"), [([10.0, 10.0], False), ([10.6, 10.6], True), ([9.4, 9.4], True)])
+def test_idle_features_are_judged_beside_two_processes_that_do_the_same(again: list[float], met: bool) -> None:
+    idle = {"ours tp=1": [10.4, 10.4], "ours, features off": [10.0, 10.0], "ours, features off again": again}
+    judged = {figure.name: figure for figure in figures({"idle": idle}, 1, [1, 8, 32], [])}
+    assert judged["features on and not used over off"].met is met
