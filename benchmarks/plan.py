@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import chain, pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,17 +172,20 @@ def in_a_process_of_its_own(path: Path, shape: MeshShape) -> float:
         return pool.submit(loading, path, shape).result()
 
 
+def compare_loading(path: Path, shape: MeshShape, rounds: int) -> Iterator[Row]:
+    """How long weights take, while nothing has yet been run that gives memory back."""
+    loads = []
+    for _ in range(rounds):
+        time.sleep(REST_S)
+        predicted = forecast(overrides(path, shape), 1, OUTPUT)["load_s"]
+        time.sleep(REST_S)
+        loads.append((predicted, in_a_process_of_its_own(path, shape)))
+    yield _median(_name(shape), "loading, s", loads)
+
+
 def compare(path: Path, shape: MeshShape, rounds: int, only: Collection[str]) -> Iterator[Row]:
-    """Figures of one mesh: those of `only` that can be had on it."""
-    mesh = f"fsdp={shape.fsdp} tp={shape.tp}"
-    if "loading" in only:
-        loads = []
-        for _ in range(rounds):
-            time.sleep(REST_S)
-            predicted = forecast(overrides(path, shape), 1, OUTPUT)["load_s"]
-            time.sleep(REST_S)
-            loads.append((predicted, in_a_process_of_its_own(path, shape)))
-        yield _median(mesh, "loading, s", loads)
+    """All other figures of one mesh: those of `only` that can be had on it."""
+    mesh = _name(shape)
     if not set(only) & {"cache", "bytes", *(("decode", "prefill") if shape.fsdp == 1 else ("scoring",))}:
         return
     running = Running(path, shape)
@@ -219,6 +222,10 @@ def seconds_of(step: dict[str, float]) -> float:
     return sum(step[part] for part in ("products", "attention", "reductions", "gathers", "host"))
 
 
+def _name(shape: MeshShape) -> str:
+    return f"fsdp={shape.fsdp} tp={shape.tp}"
+
+
 def _median(mesh: str, what: str, pairs: list[tuple[float, float]]) -> Row:
     """The pair whose ratio is in the middle."""
     return Row(mesh, what, *sorted(pairs, key=lambda pair: pair[0] / pair[1])[len(pairs) // 2])
@@ -238,11 +245,12 @@ def main() -> None:
         if args.checkpoint is None:
             write_model(model_config("303M"), Path(directory, "303M"))
         path = args.checkpoint or Path(directory, "303M", "dcp")
-        for shape in (MeshShape(1, 1, 1), MeshShape(1, 1, 2), MeshShape(1, 2, 1)):
-            for row in compare(path, shape, args.rounds, args.only):
-                rows.append(row)
-                figures = f"{row.predicted:>12,.5g} {row.measured:>12,.5g} {row.predicted / row.measured:>6.2f}"
-                print(f"{row.mesh:>14} {row.what:>36} {figures}", flush=True)
+        shapes = (MeshShape(1, 1, 1), MeshShape(1, 1, 2), MeshShape(1, 2, 1))
+        loads = [compare_loading(path, shape, args.rounds) for shape in shapes if "loading" in args.only]
+        for row in chain(*loads, *(compare(path, shape, args.rounds, args.only) for shape in shapes)):
+            rows.append(row)
+            figures = f"{row.predicted:>12,.5g} {row.measured:>12,.5g} {row.predicted / row.measured:>6.2f}"
+            print(f"{row.mesh:>14} {row.what:>36} {figures}", flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
 

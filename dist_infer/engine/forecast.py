@@ -148,7 +148,7 @@ class Planner:
             prefill_step=prefill_step,
             decode_step=decode_step,
             first_token_s=self._read(held, shape, per_node, 1)[0],
-            load_s=self._load(shape, per_node),
+            load_s=self._load(shape, per_node, footprint.copies),
             seconds=seconds,
             traffic=tuple(traffic),
             why=self._why(prefill_step, decode_step, read_s, per_batch, running < min(queued, options.engine.max_sequences)),
@@ -196,14 +196,17 @@ class Planner:
         traffic = self._traffic(held, shape, spans)
         return StepTime.of(held, shape, self.dtype, self.cluster, per_node, spans, traffic, self.overlap)
 
-    def _load(self, shape: MeshShape, per_node: int) -> float:
-        """Every rank reads what it holds, so a machine reads what its ranks hold; replicas on it read the same from its page cache."""
+    def _load(self, shape: MeshShape, per_node: int, kept_twice: int) -> float:
+        """Every rank reads what it holds, so a machine reads what its ranks hold; replicas on it read the same from its page cache.
+
+        The `kept_twice` bytes of each rank need memory of their own, and memory is most of what loading from a page cache costs.
+        """
         replica = shape.fsdp * shape.tp
         part = self.stored * min(1.0, per_node / replica)
         copies = max(1, per_node // replica)
         packed = 0 if shape.fsdp > 1 else part * copies / self.cluster.packing
         into_memory = copies if self.cluster.kind == "cpu" else 1  # GPUs are filled beside each other
-        return part * into_memory / self.cluster.storage + packed
+        return (part * into_memory + kept_twice * per_node) / self.cluster.storage + packed
 
     def _why(self, prefill: StepTime, decode: StepTime, read_s: float, whole_s: float, crowded: bool) -> str:
         """What most of the time goes to."""

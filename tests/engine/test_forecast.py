@@ -314,6 +314,17 @@ def test_a_workload_by_hand() -> None:
     assert one.load_s == pytest.approx(2 * TensorCut.of(CONFIG, 1).held(1) / 1e9)
 
 
+def test_a_tied_head_that_is_kept_twice_is_loaded_twice() -> None:
+    """On a CPU it is packed beside the embedding; not so where nothing is packed."""
+    tied = replace(CONFIG, tied_head=True)
+    cpu = replace(CLUSTER, kind="cpu", nodes=1, devices=2, inter=Link(math.inf, 0))
+    for tp in (1, 2):
+        mesh = (f"parallel.tp={tp}", f"parallel.replicas={2 // tp}")
+        packed, plain = planner(tied, cpu, *mesh).forecasts()[0], planner(tied, cpu, *mesh, "engine.pack_weights=false").forecasts()[0]
+        assert packed.footprint.copies == 2 * 1000 * 64 // tp
+        assert packed.load_s - plain.load_s == pytest.approx(2 * packed.footprint.copies / cpu.storage)
+
+
 def test_long_prompts_are_read_in_chunks() -> None:
     cluster = replace(CLUSTER, nodes=1, devices=1)
     chunked = planner(CONFIG, cluster, "workload.prompt_tokens=100", "engine.max_batch_tokens=40", "workload.sequences=1").forecasts()[0]
