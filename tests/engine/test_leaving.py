@@ -36,7 +36,7 @@ def test_ranks_leave_with_the_script_that_started_them() -> None:
         )
         for way in ("keep", "let go")
     }
-    said = {way: process.communicate(timeout=120) for way, process in processes.items()}
+    said = {way: process.communicate(timeout=300) for way, process in processes.items()}
     printed = {way: out.splitlines() for way, (out, _) in said.items()}
     assert printed == {"keep": ["1", "3 1", "0 0"], "let go": ["1", "3 1", "0 0", "0 0"]}, said
     assert {way: process.returncode for way, process in processes.items()} == {"keep": 1, "let go": 0}
