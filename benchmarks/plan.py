@@ -172,7 +172,7 @@ def in_a_process_of_its_own(path: Path, shape: MeshShape) -> float:
         return pool.submit(loading, path, shape).result()
 
 
-def compare_loading(path: Path, shape: MeshShape, rounds: int) -> Iterator[Row]:
+def compare_loading(path: Path, shape: MeshShape, rounds: int) -> Row:
     """How long weights take, while nothing has yet been run that gives memory back."""
     loads = []
     for _ in range(rounds):
@@ -180,7 +180,7 @@ def compare_loading(path: Path, shape: MeshShape, rounds: int) -> Iterator[Row]:
         predicted = forecast(overrides(path, shape), 1, OUTPUT)["load_s"]
         time.sleep(REST_S)
         loads.append((predicted, in_a_process_of_its_own(path, shape)))
-    yield _median(_name(shape), "loading, s", loads)
+    return _median(_name(shape), "loading, s", loads)
 
 
 def compare(path: Path, shape: MeshShape, rounds: int, only: Collection[str]) -> Iterator[Row]:
@@ -246,8 +246,8 @@ def main() -> None:
             write_model(model_config("303M"), Path(directory, "303M"))
         path = args.checkpoint or Path(directory, "303M", "dcp")
         shapes = (MeshShape(1, 1, 1), MeshShape(1, 1, 2), MeshShape(1, 2, 1))
-        loads = [compare_loading(path, shape, args.rounds) for shape in shapes if "loading" in args.only]
-        for row in chain(*loads, *(compare(path, shape, args.rounds, args.only) for shape in shapes)):
+        loads = (compare_loading(path, shape, args.rounds) for shape in shapes if "loading" in args.only)
+        for row in chain(loads, *(compare(path, shape, args.rounds, args.only) for shape in shapes)):
             rows.append(row)
             figures = f"{row.predicted:>12,.5g} {row.measured:>12,.5g} {row.predicted / row.measured:>6.2f}"
             print(f"{row.mesh:>14} {row.what:>36} {figures}", flush=True)

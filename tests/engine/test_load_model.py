@@ -30,7 +30,6 @@ atexit.register(lambda: print([thread.name for thread in threading.enumerate()])
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from dist_infer import load_model
-from dist_infer.distributed.health import RankFailure
 rank, store, path = int(sys.argv[1]), *sys.argv[2:]
 dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
 decoder = load_model(path, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), ["device=cpu"])
