@@ -145,6 +145,7 @@ class Job:
     def __init__(self, root: Path, destinations: Mapping[str, torch.Tensor], progress: Callable[[int], object] | None) -> None:
         self.root, self.progress = root, progress
         self.flat = {name: tensor.detach().view(-1) for name, tensor in destinations.items()}
+        self.to_gpu = any(tensor.device.type == "cuda" for tensor in self.flat.values())
         self.bytes_requested = 0
         self.doubtful = False
         self.lock = Lock()
@@ -157,7 +158,7 @@ class Job:
 
     def work(self, todo: deque[Batch]) -> None:
         """Do batches until none is left; a failure ends all threads."""
-        staging = torch.empty(STAGING, dtype=torch.uint8)
+        staging = torch.empty(STAGING, dtype=torch.uint8, pin_memory=self.to_gpu)
         file, fd = "", -1
         try:
             while todo:

@@ -164,13 +164,14 @@ def _mesh(options: Options, blueprint: Blueprint | None) -> str:
     variables = RankVariables.read()
     size, per_node = (variables.world_size, variables.local_world_size) if variables else (None, 1)
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
+    sharing = -(-per_node // torch.cuda.device_count()) if on_gpu else per_node
     _, why = choose_mesh(
         options.parallel,
         size,
         per_node,
         heads=blueprint.config.heads if blueprint else None,
         model_bytes=blueprint.parameters * blueprint.dtype.itemsize if blueprint else None,
-        free_bytes_per_rank=free_bytes(torch.device("cuda" if on_gpu else "cpu"), per_node),
+        free_bytes_per_rank=free_bytes(torch.device("cuda" if on_gpu else "cpu"), sharing),
         accelerators=torch.cuda.device_count() if on_gpu else 0,
     )
     return why

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,12 +25,15 @@ class Communicator(ABC):
         size: Ranks in the group.
         waiting: Whether a call waits for other ranks, or did so in vain.
         capturable: Whether a CUDA graph may hold its sums.
+        timeout_s: How long other ranks may keep this one waiting.
     """
 
     rank: int
     size: int
     waiting: bool = False
     capturable: bool = False
+    timeout_s: float = math.inf
+    _error: Exception | None = None  # what `abort` was given
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -45,6 +50,21 @@ class Communicator(ABC):
     @abstractmethod
     def barrier(self) -> None:
         """Return once every rank has come here."""
+
+    def wait_for(self, ready: torch.cuda.Event) -> None:
+        """Return once the GPU has come to `ready`, which may lie behind sums of these ranks that a graph holds: no backend watches those.
+
+        Raises:
+            CollectiveTimeout: It did not for `timeout_s`.
+        """
+        self.waiting, began = True, time.monotonic()
+        while not ready.query():
+            if self._error is not None:
+                raise self._error
+            if time.monotonic() - began > self.timeout_s:
+                raise CollectiveTimeout(f"the GPU has waited for other ranks for longer than parallel.timeout_s={self.timeout_s:g} s")
+            time.sleep(0)  # other threads may want the interpreter
+        self.waiting = False
 
     @abstractmethod
     def abort(self, error: Exception) -> None:
@@ -77,6 +97,10 @@ class SingleRank(Communicator):
     def barrier(self) -> None:
         """Everyone is here."""
 
+    def wait_for(self, ready: torch.cuda.Event) -> None:
+        """The GPU waits for nobody."""
+        ready.synchronize()
+
     def abort(self, error: Exception) -> None:
         """Nothing waits."""
 
@@ -87,15 +111,14 @@ class SingleRank(Communicator):
 class ProcessGroup(Communicator):
     """A torch process group: gloo or NCCL."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        """Use `group` for tensors on `device`."""
-        self.rank, self.size = group.rank(), group.size()
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout_s: float) -> None:
+        """Use `group`, whose own time-out is `timeout_s`, for tensors on `device`."""
+        self.rank, self.size, self.timeout_s = group.rank(), group.size(), timeout_s
         self.group = group
         self._device = device
         self._backend = group._get_backend(device)
         self._gloo = self._backend.name() == "gloo"
         self.capturable = not self._gloo
-        self._error: Exception | None = None
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Each element is summed on one rank and sent to the others, so all have the same bits."""

@@ -66,7 +66,8 @@ class Connector:
 
     def process_group(self, ranks: tuple[int, ...], device: torch.device) -> ProcessGroup:
         """torch's process group of `ranks`."""
-        return self._keep(ProcessGroup(_group(ranks, self._world.backend, self._parallel.timeout_s), device))
+        timeout_s = self._parallel.timeout_s
+        return self._keep(ProcessGroup(_group(self._world, ranks, timeout_s), device, timeout_s))
 
     def close(self) -> None:
         """Free the communicators."""
@@ -159,17 +160,31 @@ def _name(ranks: tuple[int, ...]) -> str:
 # Of the process's default group. torch names a group by its ranks and by how many groups there are, so one that is made again
 # after it was destroyed finds what the first left in the store; and a look between training steps is taken often. They live as
 # long as torch keeps them: a group that outlives its threads' time ends the process.
-_groups: WeakValueDictionary[tuple[tuple[int, ...], str | None, float], dist.ProcessGroup] = WeakValueDictionary()
+_groups: WeakValueDictionary[tuple[tuple[int, ...], str, float], dist.ProcessGroup] = WeakValueDictionary()
 
 
-def _group(ranks: tuple[int, ...], backend: str | None, timeout_s: float) -> dist.ProcessGroup:
+def _group(world: World, ranks: tuple[int, ...], timeout_s: float) -> dist.ProcessGroup:
     """The process group of `ranks`, all of which call this: an earlier mesh's, or a new one."""
-    group = _groups.get((ranks, backend, timeout_s))
+    key = ranks, world.backend, timeout_s
+    group = _groups.get(key)
     if group is None or not _exists(group):
-        made = dist.new_group(list(ranks), timedelta(seconds=timeout_s), backend, use_local_synchronization=True)
-        assert isinstance(made, dist.ProcessGroup)
-        group = _groups[ranks, backend, timeout_s] = made
+        # Ranks of one host may be in more groups than those of another, and would look for the new one under unlike names.
+        most = max(world.exchange(f"groups.{_name(ranks)}", _count(), ranks))
+        while _count() < most:
+            _new_group((world.rank,), world.backend, timeout_s)
+        group = _groups[key] = _new_group(ranks, world.backend, timeout_s)
     return group
+
+
+def _new_group(ranks: tuple[int, ...], backend: str, timeout_s: float) -> dist.ProcessGroup:
+    made = dist.new_group(list(ranks), timedelta(seconds=timeout_s), backend, use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup)
+    return made
+
+
+def _count() -> int:
+    """How many groups this rank is in, as torch counts for their names."""
+    return len(dist.distributed_c10d._world.pg_names)
 
 
 def _exists(group: dist.ProcessGroup) -> bool:

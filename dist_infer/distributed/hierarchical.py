@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dist_infer.distributed.collectives import Communicator
@@ -64,6 +65,10 @@ class Hierarchical(Communicator):
     def barrier(self) -> None:
         """Wait for everyone."""
         self._whole.barrier()
+
+    def wait_for(self, ready: torch.cuda.Event) -> None:
+        """Wait for the GPU."""
+        self._whole.wait_for(ready)
 
     def abort(self, error: Exception) -> None:
         """End the calls inside and between hosts."""

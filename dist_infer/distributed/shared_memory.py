@@ -69,7 +69,7 @@ class SharedMemory(Communicator):
         self.rank, self.size = rank, len(world_ranks)
         self._world_ranks = world_ranks
         self._spin = SPIN_CHECKS if spin else 1
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._flags = memoryview(segment)[: self.size * LINE * 8].cast("q")
         self._mine = rank * LINE
         self._peers = tuple(peer * LINE for peer in range(self.size) if peer != rank)
@@ -80,7 +80,6 @@ class SharedMemory(Communicator):
         self._sums: dict[torch.Size, Tensor] = {}
         self._sequence = 0
         self._all_posted = 0  # every flag has been seen to be at least this
-        self._error: Exception | None = None
 
     @classmethod
     def connect(cls, world: World, ranks: tuple[int, ...], timeout_s: float) -> SharedMemory | str:
@@ -253,10 +252,10 @@ class SharedMemory(Communicator):
                 os.sched_yield()
                 continue
             time.sleep(SLEEP_S)
-            if waited > self._timeout_s:
+            if waited > self.timeout_s:
                 late = [self._world_ranks[index // LINE] for index in self._peers if flags[index] < sequence]
                 names = ", ".join(map(str, late))
-                raise CollectiveTimeout(f"rank {names} did not come to a collective within parallel.timeout_s={self._timeout_s:g} s")
+                raise CollectiveTimeout(f"rank {names} did not come to a collective within parallel.timeout_s={self.timeout_s:g} s")
         self.waiting = False
 
 

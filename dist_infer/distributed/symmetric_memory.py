@@ -1,7 +1,9 @@
-"""Sums between GPUs that read each other's memory, in one kernel. Written from torch's sources; not yet run on GPUs.
+"""Sums between GPUs that read each other's memory. Written from torch's sources; not yet run on GPUs.
 
-`torch.ops.symm_mem.one_shot_all_reduce_copy_out` copies this rank's tensor into a buffer that all others see, waits for theirs, and
-reads and adds all of them in rank order, so all ranks get the same bits; bfloat16 is rounded after every rank, as NCCL does.
+This rank's tensor is copied into a buffer that all others see; `torch.ops.symm_mem.one_shot_all_reduce_out` waits for theirs, and reads
+and adds all of them in rank order, so all ranks get the same bits; bfloat16 is rounded after every rank, as NCCL does. (torch has both
+in one kernel, `one_shot_all_reduce_copy_out`; but some threads of a block of it may tell the others that this rank's numbers are there
+while the rest of the block is still writing them. Between two kernels nothing is left unwritten.)
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ ALIGNMENT = 16  # bytes a thread moves at once
 class SymmetricMemory(Communicator):
     """GPUs of one host. What is large or not aligned, and all that is no sum, goes through NCCL.
 
-    A kernel that waits for a rank that is gone cannot be aborted: the watchdog ends the process.
+    A kernel that waits for a rank that is gone cannot be aborted: `wait_for` raises, and the GPU is free again when the process ends.
     """
 
     capturable = True
@@ -28,24 +30,31 @@ class SymmetricMemory(Communicator):
         """Use `buffer` (uint8, `SLOT` bytes), allocated and met as symmetric memory by all of the group."""
         self.rank, self.size = others.rank, others.size
         self._others, self._buffer, self._name = others, buffer, others.group.group_name
-        self._error: Exception | None = None
 
     @classmethod
     def connect(cls, world: World, ranks: tuple[int, ...], others: ProcessGroup) -> SymmetricMemory | str:
         """Make the buffer on all of `ranks`, which must all call this; a reason if any of them cannot."""
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        try:
-            buffer = symmetric_memory.empty(SLOT, dtype=torch.uint8, device=world.device)
-            symmetric_memory.rendezvous(buffer, others.group.group_name)
+        made: list[Tensor] = []
+
+        def make() -> None:
+            made.append(symmetric_memory.empty(SLOT, dtype=torch.uint8, device=world.device))
+
+        def meet() -> None:
+            symmetric_memory.rendezvous(made[0], others.group.group_name)
+
+        for act in (make, meet):  # one after the other: whoever has no buffer would be waited for
             wrong = None
-        except RuntimeError as error:
-            buffer, wrong = None, str(error).partition("\n")[0]
-        found = world.exchange(f"symmetric memory.{'-'.join(map(str, ranks))}", wrong, ranks)
-        refused = next((text for text in found if text is not None), None)
-        if buffer is None or refused is not None:
-            return f"the GPUs do not reach each other's memory: {refused}"
-        return cls(others, buffer)
+            try:
+                act()
+            except RuntimeError as error:
+                wrong = str(error).partition("\n")[0]
+            found = world.exchange(f"symmetric memory.{'-'.join(map(str, ranks))}", wrong, ranks)
+            refused = next((text for text in found if text is not None), None)
+            if refused is not None:
+                return f"the GPUs do not reach each other's memory: {refused}"
+        return cls(others, made[0])
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum in rank order."""
@@ -53,8 +62,8 @@ class SymmetricMemory(Communicator):
             raise self._error
         if not fits(tensor):
             return self._others.all_reduce(tensor)
-        buffer = self._buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        return torch.ops.symm_mem.one_shot_all_reduce_copy_out(buffer, tensor, "sum", self._name, tensor)
+        buffer = self._buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return torch.ops.symm_mem.one_shot_all_reduce_out(buffer, "sum", self._name, tensor)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Through NCCL."""
@@ -67,6 +76,10 @@ class SymmetricMemory(Communicator):
     def barrier(self) -> None:
         """Through NCCL."""
         self._others.barrier()
+
+    def wait_for(self, ready: torch.cuda.Event) -> None:
+        """As for sums through NCCL."""
+        self._others.wait_for(ready)
 
     def abort(self, error: Exception) -> None:
         """Later calls raise `error`, and NCCL's at once."""

@@ -55,6 +55,10 @@ class World:
         self.local_rank, self.local_size = variables.local_rank, variables.local_world_size
         self.device, self.store = device, store
         self._timeout_s, self._local_ranks = max(timeout_s, START_S), local_ranks
+        self._device_before: int | None = None
+        if device.type == "cuda":
+            self._device_before = torch.cuda.current_device()
+            torch.cuda.set_device(device)
         self._exchanges: Counter[str] = Counter()
         self._owns_group = self._serves_store = False
         self._threads: int | None = None
@@ -157,8 +161,6 @@ class World:
             self.rank, self.hosts, _second_connection(self.store), parallel.heartbeat_s, self._local_ranks, may_exit, announce
         )
         self.watchdog.start()
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
         if not dist.is_initialized():
             timeout = timedelta(seconds=parallel.timeout_s)
             groups = dist.PrefixStore("groups", self.store)
@@ -167,6 +169,14 @@ class World:
             except Exception as error:
                 raise self.watchdog.explain(error) from error
             self._owns_group = True
+
+    @property
+    def sharing(self) -> int:
+        """Ranks that share this one's memory: its GPU's, or on CPU its node's."""
+        here = self.hosts[self.rank]
+        if here.gpu is None:
+            return self.local_size
+        return sum((host.boot_id, host.gpu) == (here.boot_id, here.gpu) for host in self.hosts)
 
     def exchange(self, topic: str, value: Any, ranks: Sequence[int] | None = None) -> list[Any]:
         """Every rank's `value` (JSON), in the order of `ranks` (world ranks, default all), which must all call this.
@@ -208,6 +218,9 @@ class World:
 
     def close(self, failed: bool = False) -> None:
         """Leave: orderly with the others, or (`failed`) without waiting for them. What `join` found is left as it was."""
+        if self._device_before is not None:
+            torch.cuda.set_device(self._device_before)
+            self._device_before = None
         store, self.store = self.store, None
         if store is None:
             return

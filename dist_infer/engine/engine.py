@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -29,6 +30,9 @@ class Delta:
     finish_reason: str | None
 
 
+Sink = Callable[[list[Delta], list[Result]], None]  # what is given to whoever waits for it
+
+
 @dataclass
 class _Group:
     """The sequences of a request."""
@@ -44,9 +48,9 @@ class _Group:
 class Engine:
     """Runs requests on the ranks of one replica; lives on its leader.
 
-    With `overlap` a step's plan is made and sent while the step before is computed, and its missing tokens follow as soon as they are
-    decided; what else is to be done with them (text, stop rules, results) is done while it is computed. A stop found so late costs one
-    row, which is dropped.
+    With `overlap` a step's plan is made and sent while the step before is computed. Where the ranks find its missing tokens out by
+    themselves they go on with it at once, else the tokens follow as soon as they are decided; what else is to be done with them (text,
+    stop rules, results) is done while it is computed. A stop found so late costs one row, which is dropped.
 
     Args:
         runner: The leader's own rank.
@@ -84,7 +88,8 @@ class Engine:
         self._following = False  # whether the workers are waiting for steps
         self._heart: threading.Thread | None = None
         if runner.mesh.control.size > 1:
-            self._heart = threading.Thread(target=self._beat, args=(heartbeat_s,), daemon=True, name="heartbeat")
+            beat = (weakref.ref(self), self._closing, heartbeat_s)
+            self._heart = threading.Thread(target=_beat, args=beat, daemon=True, name="heartbeat")
             self._heart.start()
 
     def problem(self, request: Request) -> str | None:
@@ -122,7 +127,7 @@ class Engine:
         """Forget a request that is no longer wanted."""
         self._forget(request)
         with self._lock:
-            self._settle()
+            self._drain()
 
     @property
     def busy(self) -> bool:
@@ -142,26 +147,28 @@ class Engine:
                 entry.sequence.awaited = False
             for part in decided:
                 self._take_in(part, deltas, results)
-            self._settle()
+            self._drain()
         self.statistics.leader_seconds += time.perf_counter() - began - self._waited
         return deltas, results
 
-    def run(
-        self,
-        requests: Iterator[Request],
-        sink: Callable[[list[Delta], list[Result]], None],
-        stopping: Callable[[], object] = lambda: None,
-    ) -> None:
+    def run(self, requests: Iterator[Request], sink: Sink, stopping: Callable[[], object] = lambda: None) -> None:
         """Run all of `requests`, taking more from the iterator whenever there is room, and hand on what comes.
 
         `stopping` is asked between steps; when it says anything but None, what is unfinished is forgotten.
         """
+        try:
+            self._run(requests, sink, stopping)
+        except KeyboardInterrupt:
+            if self.runner.mesh.control.size == 1:  # with other ranks there is no way back into step
+                self._cancel_all()
+            raise
+
+    def _run(self, requests: Iterator[Request], sink: Sink, stopping: Callable[[], object]) -> None:
         room = 2 * self.scheduler.options.max_sequences * self.runner.mesh.shape.fsdp
         more = True
         while more or self.busy:
             if stopping() is not None:
-                for group in list(self._groups.values()):
-                    self.cancel(group.request)
+                self._cancel_all()
                 return
             refused = []
             while more and self.scheduler.load < room:
@@ -236,10 +243,10 @@ class Engine:
         entries = self._launched or self._launch_first()
         self.scheduler.commit(entries)
         plan, planned = self.scheduler.schedule()
-        plan.kind = Kind.PLAN
+        plan.kind = Kind.CONTINUE if planned and self.runner.knows else Kind.PLAN
         decided = self._decider.decide(entries, self._tell(plan))
         self._launched = planned
-        if planned:
+        if planned and plan.kind == Kind.PLAN:
             self._tell(Step(Kind.LAUNCH, plan.number, decided=self._by_slot(decided)))
         return entries, decided
 
@@ -247,9 +254,8 @@ class Engine:
         """Let the ranks begin a step when they have none."""
         plan, entries = self.scheduler.schedule()
         assert plan.spans, "a step without work: a sequence is stuck"
-        plan.kind = Kind.PLAN
+        plan.kind = Kind.CONTINUE
         self._tell(plan)
-        self._tell(Step(Kind.LAUNCH, plan.number))
         return entries
 
     def _by_slot(self, decided: list[Decided]) -> list[int]:
@@ -261,7 +267,7 @@ class Engine:
                     tokens[sequence.slot] = max(token, 0)
         return tokens
 
-    def _settle(self) -> None:
+    def _drain(self) -> None:
         """Let the ranks finish a step whose sequences have all ended."""
         if self._launched and not self._groups:
             self._launched = []
@@ -369,10 +375,24 @@ class Engine:
                 self.scheduler.remove(sequence)
                 sequence.finish_reason = "cancelled"
 
-    def _beat(self, interval: float) -> None:
-        """Tell waiting workers now and then that the leader is alive."""
-        while not self._closing.wait(interval):
-            with self._lock:
-                if self._following and time.monotonic() - self._stepped >= interval:
-                    self.runner.send(Step(Kind.HEARTBEAT).encode())
-                    self._stepped = time.monotonic()
+    def _cancel_all(self) -> None:
+        """Forget all requests."""
+        for group in list(self._groups.values()):
+            self.cancel(group.request)
+
+    def _say_alive(self, interval: float) -> None:
+        """Tell workers that wait for steps, if they have heard nothing for so long."""
+        with self._lock:
+            if self._following and time.monotonic() - self._stepped >= interval:
+                self.runner.send(Step(Kind.HEARTBEAT).encode())
+                self._stepped = time.monotonic()
+
+
+def _beat(of: weakref.ref[Engine], closing: threading.Event, interval: float) -> None:
+    """Let an engine say now and then that it is alive, as long as it is."""
+    while not closing.wait(interval):
+        engine = of()
+        if engine is None:
+            return
+        engine._say_alive(interval)
+        del engine

@@ -70,7 +70,7 @@ def meet(
     found: tuple[Blueprint, MeshShape, str] | None = None
     size, command = None, None
     if alone:
-        found = _find(make, check, None, 1, conductor=True)
+        found = _find(make, check, None, 1, 1, conductor=True)
         size, command = found[1].size, [sys.executable, "-m", "dist_infer", "worker", json.dumps(options.to_json())]
     code = program() if size != 1 else None  # as near as can be to what was imported: files may change while ranks start
     world = World.join(options.parallel, options.device, size, command, may_exit=may_exit)
@@ -78,7 +78,7 @@ def meet(
     try:
         error: str | None = None
         try:
-            found = found or _find(make, check, world.size, world.local_size, conductor=world.rank == 0)
+            found = found or _find(make, check, world.size, world.local_size, world.sharing, conductor=world.rank == 0)
         except USER_ERRORS as mistake:
             error = str(mistake)
         identity = found[0].checkpoint.identity if found is not None and found[0].checkpoint is not None else None
@@ -119,17 +119,17 @@ def _unlike(told: Sequence[str | None], what: str) -> str | None:
 
 
 def _find(
-    make: Callable[[], Blueprint], check: Check | None, world_size: int | None, ranks_per_node: int, conductor: bool
+    make: Callable[[], Blueprint], check: Check | None, world_size: int | None, ranks_per_node: int, sharing: int, conductor: bool
 ) -> tuple[Blueprint, MeshShape, str]:
     """Blueprint, mesh and why that mesh: all that can be known before ranks meet or weights are read."""
     blueprint = make()
-    shape, why = _shape(blueprint, world_size, ranks_per_node)
+    shape, why = _shape(blueprint, world_size, ranks_per_node, sharing)
     if conductor and check is not None:
         check(blueprint)
     return blueprint, shape, why
 
 
-def _shape(blueprint: Blueprint, world_size: int | None, ranks_per_node: int) -> tuple[MeshShape, str]:
+def _shape(blueprint: Blueprint, world_size: int | None, ranks_per_node: int, sharing: int) -> tuple[MeshShape, str]:
     options = blueprint.options
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -139,7 +139,7 @@ def _shape(blueprint: Blueprint, world_size: int | None, ranks_per_node: int) ->
         ranks_per_node,
         heads=blueprint.config.heads,
         model_bytes=blueprint.parameters * blueprint.dtype.itemsize,
-        free_bytes_per_rank=free_bytes(device, ranks_per_node),
+        free_bytes_per_rank=free_bytes(device, sharing),
         accelerators=torch.cuda.device_count() if on_gpu else 0,
     )
     plan_kv(blueprint, shape, free_bytes(device, 1))  # too little memory is said before a weight is read

@@ -67,16 +67,16 @@ class KVPlan:
         return cls(blocks + 1, block_bytes, max_model_len, note)
 
 
-def free_bytes(device: torch.device, ranks_on_node: int) -> int:
-    """Memory that one of `ranks_on_node` ranks may still take on `device`."""
+def free_bytes(device: torch.device, ranks: int) -> int:
+    """Memory that one of `ranks` ranks may still take, which share the GPU `device`, or this host's memory."""
     if device.type == "cuda":
-        sharing = -(-ranks_on_node // max(torch.cuda.device_count(), 1))
-        return torch.cuda.mem_get_info(device)[0] // sharing
+        torch.cuda.empty_cache()  # what torch keeps of memory that is free, after training steps nearly all
+        return torch.cuda.mem_get_info(device)[0] // ranks
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
-    return min(available, _left_in_cgroup(available)) // ranks_on_node
+    return min(available, _left_in_cgroup(available)) // ranks
 
 
 def _left_in_cgroup(default: int) -> int:

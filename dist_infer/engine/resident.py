@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._triton import has_triton
 from tqdm import tqdm
 
 from dist_infer.checkpoint.checkpoint import open_checkpoint
@@ -23,6 +22,7 @@ from dist_infer.distributed.logs import console
 from dist_infer.distributed.mesh import Mesh
 from dist_infer.distributed.world import World
 from dist_infer.engine.blueprint import Blueprint
+from dist_infer.model.cuda_probe import kernels_start
 from dist_infer.model.native import Kernels, kernels
 from dist_infer.model.weights import describe
 
@@ -140,6 +140,14 @@ class Resident:
 
         self._ahead = Prefetch(os.path.abspath(path) if os.path.exists(path) else path, reads)
 
+    def close(self) -> None:
+        """Let go of the weights."""
+        self.end_prefetch()
+        if hasattr(self, "shard"):
+            del self.shard
+        if self._world.device.type == "cuda":
+            torch.cuda.empty_cache()  # others may want it
+
     def end_prefetch(self) -> None:
         """End the prefetch there may be."""
         if self._ahead is not None:
@@ -209,8 +217,8 @@ class Resident:
         found = None
         if options.native_kernels and self._world.device.type == "cpu":
             found = kernels(dtype)
-        elif options.native_kernels and has_triton():
-            from dist_infer.model.cuda_kernels import CudaKernels  # half a second that no start on CPU should cost
+        elif options.native_kernels and kernels_start():
+            from dist_infer.model.cuda_kernels import CudaKernels  # as `kernels_start` has it
 
             found = CudaKernels(self._world.device)
         return found if all(self._world.exchange("native kernels", found is not None)) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor
 
 from dist_infer.config.engine import EngineOptions
+from dist_infer.distributed.collectives import Communicator
 from dist_infer.distributed.mesh import Mesh
 from dist_infer.engine.step import DECIDED, Kind, SpanOfStep, Step
 from dist_infer.model.batch import Batch, TokenSpan
 from dist_infer.model.cache import KVCache
-from dist_infer.model.cuda_graphs import decode_graphs
+from dist_infer.model.cuda_graphs import DecodeGraphs, decode_graphs
 from dist_infer.model.decoder import LOGIT_ROWS, Decoder
 from dist_infer.model.fallback.decoder import FallbackDecoder
 from dist_infer.model.transfer import to_device
 from dist_infer.model.weights import cut
+from dist_infer.sampling.settled import settle
 from dist_infer.sampling.slots import Rows, SlotParams, SlotTable
 from dist_infer.sampling.summary import HeldRows, SummaryLayout, summarize
 
@@ -51,6 +54,7 @@ class Work:
         layout: Which numbers each row's summary holds; None when no logits are wanted of any rank.
         most_rows: Rows of the fsdp coordinate that has most.
         awaiting: Of the tokens not known yet, their places in the batch and their slots.
+        settles: Whether the ranks find out by themselves what it decides.
     """
 
     spans: list[SpanOfStep]
@@ -59,19 +63,27 @@ class Work:
     layout: SummaryLayout | None
     most_rows: int
     awaiting: tuple[Tensor, list[int]] | None
+    settles: bool
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A step that is being computed: its answer, when it is there, and the event that says so (None: it is)."""
+    """A step that is being computed.
+
+    Attributes:
+        answer: Its answer, when it is there.
+        ready: The event that says so; None: it is.
+        settles: As that of its `Work`.
+    """
 
     answer: Answer
     ready: torch.cuda.Event | None
+    settles: bool
 
-    def wait(self) -> Answer:
-        """The answer, once it is there."""
+    def wait(self, ranks: Communicator) -> Answer:
+        """The answer, once it is there; `ranks` are those that the GPU may be waiting for."""
         if self.ready is not None:
-            self.ready.synchronize()
+            ranks.wait_for(self.ready)
         return self.answer
 
 
@@ -89,6 +101,8 @@ class Runner:
     def __init__(self, mesh: Mesh, decoder: Decoder | FallbackDecoder, cache: KVCache, options: EngineOptions, max_model_len: int) -> None:
         self.mesh, self.decoder, self.cache = mesh, decoder, cache
         self.device = cache.keys[0].device
+        # Kernels are started on the device of the thread that calls, which may be any.
+        self._on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         self.coordinate = mesh.coordinates.fsdp
         slots = options.max_sequences * mesh.shape.fsdp
         first, stop = decoder.vocabulary
@@ -106,6 +120,7 @@ class Runner:
         self._held: list[HeldRows] = []
         self._planned: Work | None = None
         self._launched: Launched | None = None
+        self._settled = torch.zeros(slots, dtype=torch.long, device=self.device)  # by slot, tokens that steps have settled
 
     def receive(self) -> Step:
         """The leader's next step."""
@@ -153,19 +168,36 @@ class Runner:
     @torch.no_grad()
     def execute(self, step: Step) -> Answer | None:
         """Do what `step` says as far as it is to be computed; returns what the leader is to be told now, if anything."""
-        if step.kind == Kind.RUN:
-            self._launch(self._prepare(step), [])
-            return self._answer()
-        if step.kind == Kind.PLAN:
-            self._planned = self._prepare(step) if step.spans else self._apply(step)
-            return self._answer()
-        if step.kind == Kind.LAUNCH:
-            assert self._planned is not None, "a launch without a plan"
-            self._launch(self._planned, step.decided)
-            self._planned = None
-        if step.kind == Kind.RESOLVE:
-            return self._full_rows(step.resolves)
+        with self._on_device:
+            if step.kind == Kind.RUN:
+                self._launch(self._prepare(step), [])
+                return self._answer()
+            if step.kind == Kind.PLAN:
+                self._planned = self._prepare(step) if step.spans else self._apply(step)
+                return self._answer()
+            if step.kind == Kind.CONTINUE:
+                work, before = self._prepare(step), self._launched
+                self._launch(work, None)
+                return before.wait(self.mesh.control) if before is not None else None
+            if step.kind == Kind.LAUNCH:
+                assert self._planned is not None, "a launch without a plan"
+                self._launch(self._planned, step.decided)
+                self._planned = None
+            if step.kind == Kind.RESOLVE:
+                return self._full_rows(step.resolves)
         return None
+
+    @property
+    def knows(self) -> bool:
+        """Whether this rank knows, on its device, all tokens that the step being computed decides: the next one may be sent to continue."""
+        return self._launched is None or self._launched.settles
+
+    def close(self) -> None:
+        """Let go of the model, its cache, what is kept of the last steps, and recorded ones."""
+        if isinstance(self._forward, DecodeGraphs):
+            self._forward.close()
+        self._held, self._planned, self._launched = [], None, None
+        del self._forward, self.decoder, self.cache, self.table, self._settled
 
     def _prepare(self, step: Step) -> Work:
         """Make `step` ready, whose missing tokens may follow."""
@@ -182,11 +214,12 @@ class Runner:
                 assert slot_params is not None
                 params.append(slot_params)
         layout = SummaryLayout.for_rows(params, targets) if params else None
+        settles = step.kind != Kind.RUN and (layout is None or layout.settled) and not any(p.needs_tokens for p in params)
         entering = [
             TokenSpan(span.tokens, span.start, self.blocks[span.slot], span.rows, int(self.rope_anchors[span.slot])) for span in spans
         ]
         batch = Batch.of(entering, self.cache.block_size, self.decoder.rotary, self.device)
-        return Work(spans, batch, _rows(spans), layout, max(rows), self._awaiting(spans))
+        return Work(spans, batch, _rows(spans), layout, max(rows), self._awaiting(spans), settles)
 
     def _awaiting(self, spans: list[SpanOfStep]) -> tuple[Tensor, list[int]] | None:
         """Places in the batch, and slots, of the tokens that are not known yet."""
@@ -198,15 +231,18 @@ class Runner:
                 slots.append(span.slot)
         return (to_device(places, self.device), slots) if slots else None
 
-    def _launch(self, work: Work, decided: list[int]) -> None:
-        """Begin to compute `work`; `decided` has by slot the tokens that it misses."""
+    def _launch(self, work: Work, decided: list[int] | None) -> None:
+        """Begin to compute `work`; `decided` has by slot the tokens that it misses, unless they are settled."""
         if work.awaiting is not None:
             places, slots = work.awaiting
-            tokens = to_device([decided[slot] for slot in slots], self.device)
+            if decided is None:
+                tokens = self._settled[to_device(slots, self.device)]
+            else:
+                tokens = to_device([decided[slot] for slot in slots], self.device)
             work.batch.tokens.index_copy_(0, places, tokens)
         self._count(work.spans, decided)
         layout, rows = work.layout, work.rows
-        self._held = []
+        self._launched, self._held = None, []
         summaries: list[Tensor] = []
 
         def reduce(logits: Tensor, first: int) -> None:
@@ -223,17 +259,25 @@ class Runner:
             missing = work.most_rows - len(rows)
             if missing or len(summaries) != 1:
                 summaries = [torch.cat([*summaries, torch.zeros(missing, layout.width, device=self.device)])]
+            if work.settles and any(map(rows.sampled, range(len(rows)))):
+                self._settle(summaries[0][: len(rows)], layout, rows)
             values = summaries[0].to("cpu", non_blocking=True)
             ready = None
             if self.device.type == "cuda":
                 ready = torch.cuda.Event()
                 ready.record()
-            self._launched = Launched(Answer(values, layout), ready)
+            self._launched = Launched(Answer(values, layout), ready, work.settles)
+
+    def _settle(self, summaries: Tensor, layout: SummaryLayout, rows: Rows) -> None:
+        """Find out what `rows` decide, for the step after theirs."""
+        drawn = to_device([[not self.table[slot].greedy] for slot in rows.slots], self.device) if layout.noised else None
+        tokens = settle(summaries, layout, drawn, self.mesh.tp, self.decoder.config.vocab_size)
+        self._settled.index_copy_(0, to_device(rows.slots, self.device), tokens)
 
     def _answer(self) -> Answer | None:
         """The answer of the step that was launched last, once it is there; None when no logits are wanted of it."""
         launched, self._launched = self._launched, None
-        return launched.wait() if launched is not None else None
+        return launched.wait(self.mesh.control) if launched is not None else None
 
     def _apply(self, step: Step) -> None:
         """Bring the tables up to date."""
@@ -253,10 +297,12 @@ class Runner:
             sources, targets = to_device(copies, self.device).T
             self.cache.copy_blocks(sources, targets)
 
-    def _count(self, spans: list[SpanOfStep], decided: list[int]) -> None:
-        """Let the slot table count the tokens decided since admission."""
+    def _count(self, spans: list[SpanOfStep], decided: list[int] | None) -> None:
+        """Let the slot table count the tokens decided since admission; nobody counts those that are settled."""
         produced = [span for span in spans if span.start + len(span.tokens) > self.known[span.slot]]
-        tokens = [decided[span.slot] if span.tokens[-1] == DECIDED else span.tokens[-1] for span in produced]
+        if decided is None:
+            produced = [span for span in produced if span.tokens[-1] != DECIDED]
+        tokens = [decided[span.slot] if decided and span.tokens[-1] == DECIDED else span.tokens[-1] for span in produced]
         self.table.append([span.slot for span in produced], tokens)
 
     def _full_rows(self, resolves: list[tuple[int, int]]) -> Answer:

@@ -17,7 +17,7 @@ from dist_infer.distributed.mesh import Mesh
 from dist_infer.distributed.signals import Stopped, StopSignal
 from dist_infer.engine.blocks import BlockAllocator
 from dist_infer.engine.blueprint import Blueprint
-from dist_infer.engine.engine import Delta, Engine
+from dist_infer.engine.engine import Delta, Engine, Sink
 from dist_infer.engine.meeting import meet, plan_kv
 from dist_infer.engine.memory import KVPlan, free_bytes
 from dist_infer.engine.request import Request, Result
@@ -26,7 +26,6 @@ from dist_infer.engine.runner import Runner
 from dist_infer.engine.scheduler import RopeRules, Scheduler
 from dist_infer.engine.shared_work import SharedWork
 
-Sink = Callable[[list[Delta], list[Result]], None]
 Record = Callable[[list[Result]], None]
 COLLECT_S = 0.1  # how often the conductor asks for other replicas' results while its own works
 
@@ -73,6 +72,7 @@ class Session:
         self._say = say or (lambda line: None)
         self._record = record or (lambda results: None)
         self._stop = stop or StopSignal()
+        self._closed = False
         met = meet(options, blueprint, check, alone, may_exit=not scripted, last_words=last_words, tolerant=tolerant)
         self.world, found = met.world, met.blueprint
         try:
@@ -132,12 +132,14 @@ class Session:
                 if refused is not None:
                     yield refused
                 while self.engine.busy:
+                    self._check_open()
                     deltas, results = self.engine.step()
                     yield from deltas
                     yield from results
             finally:
-                self.engine.cancel(request)
-                self._end_call()
+                if not self._closed:
+                    self.engine.cancel(request)
+                    self._end_call()
 
     def serve(self) -> None:
         """Do this rank's part (on all ranks but the conductor) of one call (scripted), or of all until the end.
@@ -174,6 +176,7 @@ class Session:
                 when they were overwritten already: then another swap must come before anything is run.
             RankFailure: A rank failed.
         """
+        self._check_open()
         if self.engine is not None and self.engine.busy:
             raise ValueError(f"swap to {path}: a request is still running; finish or close its stream first")
         path = os.path.abspath(path) if os.path.exists(path) else path
@@ -193,6 +196,7 @@ class Session:
 
         Called as `swap` is: ranks that this process started are on its host, so it reads for all of them.
         """
+        self._check_open()
         self.resident.prefetch(path, whole=not self.scripted)
 
     def close(self, error: BaseException | None = None) -> None:
@@ -204,7 +208,7 @@ class Session:
         options, device = blueprint.options, self.world.device
         self.resident = Resident(blueprint, self.world, self.mesh, weights, tolerant)
         decoder = self.resident.shard.decoder
-        free = min(self.world.exchange("free memory", free_bytes(device, self.world.local_size)))
+        free = min(self.world.exchange("free memory", free_bytes(device, self.world.sharing)))
         plan = plan_kv(blueprint, self.mesh.shape, free)
         if self.is_conductor:
             self._say(plan.note)
@@ -302,6 +306,7 @@ class Session:
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         """Turns what is raised inside into the world's first error."""
+        self._check_open()
         try:
             yield
         except Exception as error:
@@ -310,10 +315,15 @@ class Session:
                 raise
             raise explained from error
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the model is closed: its ranks are gone, and its memory is free again")
+
     def _leave(self, error: BaseException | None) -> None:
-        """Leave the world, telling workers why when something went wrong."""
-        if hasattr(self, "resident"):
-            self.resident.end_prefetch()
+        """Leave the world, telling workers why when something went wrong; once."""
+        if self._closed:
+            return
+        self._closed = True
         failed = error is not None or self.world.watchdog.failure is not None
         engine = getattr(self, "engine", None)
         if engine is not None and self.world.watchdog.failure is None:
@@ -322,6 +332,10 @@ class Session:
                 self.work.close()
         if failed and error is not None and self.world.size > 1:
             self.world.watchdog.report(error)
+        if hasattr(self, "runner"):
+            self.runner.close()  # before process groups end: NCCL waits for graphs that hold its sums
+        if hasattr(self, "resident"):
+            self.resident.close()
         if hasattr(self, "mesh") and not failed:
             self.mesh.close()
         self.world.close(failed=failed)

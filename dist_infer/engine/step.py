@@ -5,8 +5,9 @@ sequences admitted to slots and slots freed, additions to block tables, blocks t
 every sequence that takes part its span of tokens. Layout: ten header words, then the sections in
 the order of `Step`'s fields, each item with its own lengths first.
 
-A step is sent whole (`Kind.RUN`), or in two parts so that ranks make it ready while they compute the one before:
-its plan (`Kind.PLAN`), in which tokens not yet known are `DECIDED`, and then those tokens (`Kind.LAUNCH`).
+A step is sent whole (`Kind.RUN`), or its plan is, in which tokens not yet known are `DECIDED`, while the ranks compute the one before.
+Where the ranks find those tokens out themselves the plan is computed as it comes (`Kind.CONTINUE`); else it is made ready (`Kind.PLAN`),
+and the leader sends the tokens after it (`Kind.LAUNCH`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from dist_infer.sampling.slots import SlotParams
 
-VERSION = 2
+VERSION = 3
 HEADER = 10
 DECIDED = -1  # stands for the token that the step before decides for the span's slot
 
@@ -35,6 +36,7 @@ class Kind(IntEnum):
     PLAN = 6  # make the step ready (it may be empty), and answer the one that was launched last
     LAUNCH = 7  # compute the planned step; `decided` holds its missing tokens
     RESOLVE = 8  # answer with the full logits of some rows of the step answered last
+    CONTINUE = 9  # make the step ready, compute it with the tokens that the ranks know, and answer the one that was launched before
 
 
 @dataclass(frozen=True)

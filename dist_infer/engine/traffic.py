@@ -57,12 +57,15 @@ def collectives(
         lengths: Tokens of each span of a coordinate.
         params: What rows are sampled with.
         targets: Whether rows are scored instead.
-        overlap: Whether steps are planned while the one before is computed: then plan and launch are two messages.
+        overlap: Whether steps are planned while the one before is computed: then plan and launch are two messages, unless the ranks
+            find out by themselves which tokens are decided.
     """
     config, tokens, made = held.config, sum(lengths), []
+    layout = SummaryLayout.for_rows([params], targets)
+    settles = layout.settled and not params.needs_tokens
     if shape.tp * shape.fsdp > 1:
         words = _words(tuple(lengths), shape.fsdp, targets)
-        made.append(Collective("broadcast", "control", 2 if overlap else 1, 4 * FIRST_PART, "the step"))
+        made.append(Collective("broadcast", "control", 2 if overlap and not settles else 1, 4 * FIRST_PART, "the step"))
         if words > FIRST_PART:
             made.append(Collective("broadcast", "control", 1, 4 * (words - FIRST_PART), "the rest of it"))
     if shape.tp > 1:
@@ -75,13 +78,14 @@ def collectives(
             made.append(Collective("all_reduce", "tp", 2, last, "those of the last layer, wanted rows alone"))
         if config.qk_norm == "full":
             made.append(Collective("all_reduce", "tp", config.layers, 2 * tokens * 4, "squares of queries and keys"))
+        if overlap and settles and not targets:
+            made.append(Collective("all_reduce", "tp", 1, 8 * shape.tp * len(lengths), "the tokens decided"))
     if shape.fsdp > 1:
         blocks = Counter(held.layers)
         blocks[held.root] += 1
         made += [Collective("all_gather", "fsdp", count, size * dtype.itemsize, "weights") for size, count in blocks.items()]
     if shape.tp * shape.fsdp > 1:
-        width = SummaryLayout.for_rows([params], targets).width
-        made.append(Collective("gather", "control", 1, 4 * width * len(lengths), "summaries of the rows"))
+        made.append(Collective("gather", "control", 1, 4 * layout.width * len(lengths), "summaries of the rows"))
     return made
 
 

@@ -53,7 +53,8 @@ def _places(table, keys_at, stop, kv_head, kv_heads, block_size: tl.constexpr, h
     return tl.where(there, ((block * kv_heads + kv_head) * block_size + keys_at % block_size) * head_dim, -1)
 
 
-@triton.jit
+# A step's numbers are no reason to compile a kernel anew, which stalls all ranks.
+@triton.jit(do_not_specialize=["spans", "table_stride"])
 def _attend_spans(
     q,
     out,
@@ -119,7 +120,7 @@ def _attend_spans(
         tl.store(out + at[:, None] * out_stride + head[:, None] * head_dim + columns[None, :], found.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _attend_tokens(
     q,
     out,
@@ -218,6 +219,7 @@ def attend(
     scale: float,
     softcap: float | None,
     processors: int,
+    stages: int,
 ) -> None:
     """Attention of all spans; `Kernels.paged_attention` says what the tensors are.
 
@@ -225,6 +227,7 @@ def attend(
         q, out, keys, values, spans, groups, window, scale, softcap: As there.
         largest_group: Most query heads on a KV head.
         processors: Of the GPU: how many programs run at a time.
+        stages: Tiles that are on their way to a program at a time.
     """
     tokens, heads, head_dim = q.shape
     _, kv_heads, block_size, _ = keys.shape
@@ -238,14 +241,15 @@ def attend(
         programs = tokens // queries + spans.count
         tile = max(SPAN_TILE // narrower, LEAST_ROWS)
         where = (spans.offsets, spans.contexts, spans.tables, groups, spans.count, kv_heads)
-        _attend_spans[programs, kv_heads](q, out, keys, values, *where, *strides, **layer, group=group, queries=queries, tile=tile)
+        cut = {"group": group, "queries": queries, "tile": tile}
+        _attend_spans[programs, kv_heads](q, out, keys, values, *where, *strides, **layer, **cut, num_stages=stages)
         return
     parts = _parts(spans, kv_heads, window, processors)
     part_out = q.new_empty(0) if parts == 1 else q.new_empty(tokens, heads, parts, head_dim, dtype=torch.float32)
     part_sums = q.new_empty(0) if parts == 1 else q.new_empty(tokens, heads, parts, 2, dtype=torch.float32)
     where = (spans.contexts, spans.tables, groups, part_out, part_sums, kv_heads, heads)
     cut = {"rows_padded": max(group, LEAST_ROWS), "tile": max(PART_TILE // narrower, LEAST_ROWS), "parts": parts}
-    _attend_tokens[tokens, kv_heads, parts](q, out, keys, values, *where, *strides, **layer, **cut)
+    _attend_tokens[tokens, kv_heads, parts](q, out, keys, values, *where, *strides, **layer, **cut, num_stages=stages)
     if parts > 1:
         padded = {"padded_dim": padded_dim, "parts": parts, "padded_parts": triton.next_power_of_2(parts)}
         _combine[tokens, heads](out, part_out, part_sums, heads, out.stride(0), head_dim=head_dim, **padded)

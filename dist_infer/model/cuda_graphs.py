@@ -20,7 +20,21 @@ from dist_infer.model.fallback.decoder import FallbackDecoder
 
 WARM_UPS = 2  # runs before a graph is recorded, in which libraries set themselves up
 Reduce = Callable[[Tensor, int], None]
-Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+class Recording(Protocol):
+    """What was recorded of a computation: a `torch.cuda.CUDAGraph`."""
+
+    def replay(self) -> None:
+        """Compute it again."""
+        ...
+
+    def reset(self) -> None:
+        """Forget it."""
+        ...
+
+
+Recorder = Callable[[Callable[[], None]], Recording]
 
 
 class Forward(Protocol):
@@ -43,14 +57,12 @@ class DecodeGraphs:
         rows: Most one-token spans in a step.
         width: Blocks of the longest sequence.
         device: Where it computes.
-        recorder: Turns a computation into its replay.
+        recorder: Records a computation, which it runs.
     """
 
-    def __init__(
-        self, forward: Forward, cache: KVCache, rows: int, width: int, device: torch.device, recorder: Recorder | None = None
-    ) -> None:
+    def __init__(self, forward: Forward, cache: KVCache, rows: int, width: int, device: torch.device, recorder: Recorder) -> None:
         self._forward, self._cache, self._width, self._device = forward, cache, width, device
-        self._record = recorder or cuda_recorder(device)
+        self._record = recorder
         self._buckets = [*(1 << power for power in range((rows - 1).bit_length())), rows]
         self._graphs: dict[int, _Graph] = {}
 
@@ -65,9 +77,15 @@ class DecodeGraphs:
             self._graphs[bucket] = _Graph(self._forward, cache, bucket, self._width, self._device, self._record)
         self._graphs[bucket].run(batch, reduce)
 
+    def close(self) -> None:
+        """Forget all graphs: when NCCL ends it waits for those that hold its sums."""
+        for graph in self._graphs.values():
+            graph.recording.reset()
+        self._graphs.clear()
+
 
 class _Graph:
-    """A decode step of up to `rows` rows: its inputs, the replay, and the logits it leaves."""
+    """A decode step of up to `rows` rows: its inputs, the recording, and the logits it leaves."""
 
     def __init__(self, forward: Forward, cache: KVCache, rows: int, width: int, device: torch.device, record: Recorder) -> None:
         self._tokens, self._positions, self._slots = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
@@ -86,7 +104,7 @@ class _Graph:
             batch = Batch(self._tokens, self._positions, None, logit_rows, plan)
             forward(batch, cache, lambda logits, first: self._logits.append((logits, first)))
 
-        self._replay = record(step)
+        self.recording = record(step)
 
     def run(self, batch: Batch, reduce: Reduce) -> None:
         """Fill the inputs in, replay, and give the rows' logits on."""
@@ -101,7 +119,7 @@ class _Graph:
                 tensor[rows : self._filled].zero_()
             self._spans.contexts[rows : self._filled].fill_(1)
         self._filled = rows
-        self._replay()
+        self.recording.replay()
         for logits, first in self._logits:
             if first < rows:
                 reduce(logits[: rows - first], first)
@@ -122,14 +140,19 @@ def decode_graphs(decoder: Decoder | FallbackDecoder, tp: Communicator, cache: K
         return None
     if any(module.kernels is None for module in decoder.modules() if isinstance(module, Attention)):
         return None
-    return DecodeGraphs(decoder, cache, rows, -(-longest // cache.block_size), device)
+    return DecodeGraphs(decoder, cache, rows, -(-longest // cache.block_size), device, cuda_recorder(device, tp))
 
 
-def cuda_recorder(device: torch.device) -> Recorder:
-    """Records CUDA graphs that share memory for what is between their inputs and logits, as one runs at a time."""
+def cuda_recorder(device: torch.device, ranks: Communicator) -> Recorder:
+    """Records CUDA graphs that share memory for what is between their inputs and logits, as one runs at a time.
+
+    Args:
+        device: Where they run.
+        ranks: What their sums are made between.
+    """
     pool = None
 
-    def record(work: Callable[[], None]) -> Callable[[], None]:
+    def record(work: Callable[[], None]) -> Recording:
         nonlocal pool
         apart = torch.cuda.Stream(device)
         apart.wait_stream(torch.cuda.current_stream(device))
@@ -137,12 +160,15 @@ def cuda_recorder(device: torch.device) -> Recorder:
             for _ in range(WARM_UPS):
                 work()
         torch.cuda.current_stream(device).wait_stream(apart)
+        ready = torch.cuda.Event()
+        ready.record()
+        ranks.wait_for(ready)  # what begins a recording waits for the GPU, too, but for ever
         graph = torch.cuda.CUDAGraph()
         # Other threads (NCCL's watchdog) may ask the driver things meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             work()
         pool = graph.pool()
-        return graph.replay
+        return graph
 
     return record
 

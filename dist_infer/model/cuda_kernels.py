@@ -9,12 +9,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import max_shared_mem
 
 from dist_infer.model.attention_plan import SpanTable
 from dist_infer.model.cuda_attention import attend
 from dist_infer.model.native import Kernels
 
 CHUNK = 1024  # elements of a program that goes through rows piece by piece
+MOST_STAGES = 3
+AMPLE = 128 << 10  # bytes of shared memory that three stages of attention fit in with certainty; the GPUs of desktops have 99 KB
 
 
 @triton.jit
@@ -124,6 +127,7 @@ class CudaKernels(Kernels):
 
     Attributes:
         processors: Of the GPU: how many programs run at a time, about.
+        stages: Tiles of attention that are on their way to a program at a time.
 
     Args:
         device: The GPU.
@@ -131,7 +135,11 @@ class CudaKernels(Kernels):
 
     def __init__(self, device: torch.device) -> None:
         self.can_multiply = False
-        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        self.processors, self.stages = 1, MOST_STAGES
+        if device.type == "cuda":
+            self.processors = torch.cuda.get_device_properties(device).multi_processor_count
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self.stages = MOST_STAGES if max_shared_mem(index) >= AMPLE else MOST_STAGES - 1
         self._largest_groups: dict[Tensor, int] = {}  # of each layer's `groups`, so that the GPU is asked once
 
     def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -182,7 +190,7 @@ class CudaKernels(Kernels):
         """As `Kernels`."""
         if groups not in self._largest_groups:
             self._largest_groups[groups] = int(groups.diff().max())
-        attend(q, out, keys, values, spans, groups, self._largest_groups[groups], window, scale, softcap, self.processors)
+        attend(q, out, keys, values, spans, groups, self._largest_groups[groups], window, scale, softcap, self.processors, self.stages)
 
     def silu_and_multiply(self, gate_up: Tensor) -> Tensor:
         """As `Kernels`."""

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._triton import has_triton
 
+from dist_infer.model.cuda_probe import kernels_start
 from dist_infer.model.transfer import to_device
 from dist_infer.sampling import compiled
 
@@ -58,7 +58,7 @@ def gumbel(keys: np.ndarray, ids: Tensor) -> Tensor:
 
 def noised(scaled: Tensor, keys: np.ndarray, first_token: int) -> Tensor:
     """`scaled` [rows, n] float32 plus the noise of the n token ids from `first_token` on."""
-    if scaled.device.type == "cuda" and has_triton():
+    if scaled.device.type == "cuda" and kernels_start():
         from dist_infer.sampling.cuda_noise import add_gumbel  # half a second that no start on CPU should cost
 
         return add_gumbel(scaled.contiguous(), keys, first_token, (_signed(_STEP), _signed(_MIX1), _signed(_MIX2)))

@@ -234,5 +234,5 @@ class SlotTable:
 
     def _own(self, tokens: Sequence[int]) -> Tensor:
         """Those of `tokens` in this rank's slice, as offsets into it."""
-        offsets = to_device(tokens, self.device, torch.long) - self.first_token
-        return offsets[(offsets >= 0) & (offsets < self.vocab_local)]
+        offsets = np.array(tokens, dtype=np.int64) - self.first_token  # chosen here: a GPU would have to be waited for
+        return to_device(offsets[(offsets >= 0) & (offsets < self.vocab_local)], self.device)

@@ -79,6 +79,11 @@ class SummaryLayout:
         return max(field.stop for field in self.fields.values())
 
     @property
+    def settled(self) -> bool:
+        """Whether each sampled row takes the greatest that any shard sends: a greedy row the best token, another the best noised one."""
+        return not self.shortlist and self.noised <= 1
+
+    @property
     def raw(self) -> bool:
         """Whether raw logits of chosen tokens are wanted."""
         return self.logprobs != NO_LOGPROBS

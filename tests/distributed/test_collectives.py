@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dist_infer.config.parallel import ParallelOptions
 from dist_infer.distributed.collectives import CollectiveTimeout, Communicator, ProcessGroup, SingleRank
+from dist_infer.distributed.connect import Connector
 from dist_infer.distributed.mesh import Mesh, MeshShape
 from dist_infer.distributed.shared_memory import SLOT, SharedMemory
 from dist_infer.distributed.world import World
@@ -204,3 +205,50 @@ def check_abort() -> float:
 
 def test_waiting_rank_raises_the_other_ranks_error(ranks: Ranks) -> None:
     assert len(ranks(2).run(check_abort)) == 2
+
+
+class Device:
+    """Stands for an event of a GPU, which is come to when it has been asked for `asked` times."""
+
+    def __init__(self, asked: float) -> None:
+        self.left = asked
+
+    def query(self) -> bool:
+        """Whether it is."""
+        self.left -= 1
+        return self.left < 0
+
+
+def check_waiting_for_a_device(collectives: str) -> None:
+    with World.join(ParallelOptions(), "cpu") as world:
+        mesh = tp_mesh(world, collectives)
+        mesh.control.timeout_s = 0.3
+        mesh.control.wait_for(Device(3))  # type: ignore[arg-type]
+        assert not mesh.control.waiting
+        with pytest.raises(CollectiveTimeout, match=r"the GPU has waited for other ranks for longer than parallel.timeout_s=0.3 s"):
+            mesh.control.wait_for(Device(float("inf")))  # type: ignore[arg-type]
+        assert mesh.control.waiting  # so that a roll call finds this rank at its place
+        mesh.control.abort(RuntimeError("bad luck"))
+        with pytest.raises(RuntimeError, match="bad luck"):
+            mesh.control.wait_for(Device(float("inf")))  # type: ignore[arg-type]
+        world.exchange("done", None)
+
+
+@pytest.mark.parametrize("collectives", list(KINDS))
+def test_a_device_that_waits_for_other_ranks_is_not_waited_for_for_ever(ranks: Ranks, collectives: str) -> None:
+    ranks(2).run(check_waiting_for_a_device, collectives)
+
+
+def check_unequal_groups() -> float:
+    """Ranks 0 and 1 are in a group that rank 2 knows nothing of; then all are in one."""
+    with World.join(ParallelOptions(timeout_s=20.0), "cpu") as world:
+        if world.rank < 2:
+            Connector(world, ParallelOptions(timeout_s=20.0)).process_group((0, 1), torch.device("cpu"))
+        connector = Connector(world, ParallelOptions(timeout_s=20.0))
+        total = connector.process_group((0, 1, 2), torch.device("cpu")).all_reduce(torch.ones(1))
+        connector.close()
+    return float(total)
+
+
+def test_ranks_of_unequally_many_groups_meet_in_another(ranks: Ranks) -> None:
+    assert ranks(3).run(check_unequal_groups) == [3.0] * 3

@@ -6,9 +6,10 @@ back through the attention plan. So any token that is missing, stale or another 
 
 from __future__ import annotations
 
-from collections import deque
+import weakref
 from collections.abc import Callable
-from threading import Event
+from queue import SimpleQueue
+from threading import Barrier, Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,30 +80,39 @@ def _spans(plan: AttentionPlan) -> list[tuple[int, int, list[int], int]]:
 
 
 class Wire:
-    """The replica's communicator in one process: workers execute when their answers are gathered."""
+    """The replica's communicator in one process, at the leader."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.workers: list[Runner] = []
-        self.received: list[deque[Tensor]] = [deque() for _ in range(size)]
+        self.received: list[SimpleQueue[Tensor | None]] = [SimpleQueue() for _ in range(size)]
+        self.answers: list[SimpleQueue[Tensor | BaseException]] = [SimpleQueue() for _ in range(size)]
         self.spoke = Event()
 
     def broadcast(self, tensor: Tensor) -> None:
         for inbox in self.received[1:]:
-            inbox.append(tensor.clone())
+            inbox.put(tensor.clone())
         self.spoke.set()
 
     def gather(self, answer: Tensor) -> list[Tensor]:
-        return [answer, *(self.follow(worker, rank) for rank, worker in enumerate(self.workers, 1))]
+        answers = [answer, *(answers.get(timeout=60) for answers in self.answers[1:])]
+        for rank, found in enumerate(answers):
+            if isinstance(found, BaseException):
+                raise AssertionError(f"rank {rank} failed") from found
+        return answers
 
-    def follow(self, worker: Runner, rank: int) -> Tensor:
-        """Execute all that has come since the last answer; the last step gives it."""
-        answer = None
-        while self.received[rank]:
-            assert answer is None, "an answer that nobody gathered"
-            answer = worker.execute(worker.receive())
-        assert answer is not None
-        return answer.values
+    def follow(self, rank: int) -> None:
+        """What the thread of a worker does."""
+        try:
+            while self.workers[rank - 1].follow(lambda path: None):
+                pass
+        except BaseException as error:
+            self.answers[rank].put(error)
+
+    def end(self) -> None:
+        """Let the workers' threads end."""
+        for inbox in self.received:
+            inbox.put(None)
 
 
 class Inbox:
@@ -112,23 +122,58 @@ class Inbox:
         self.size, self.wire, self.rank = wire.size, wire, rank
 
     def broadcast(self, tensor: Tensor) -> None:
-        tensor.copy_(self.wire.received[self.rank].popleft())
+        received = self.wire.received[self.rank].get()
+        if received is None:
+            raise SystemExit
+        tensor.copy_(received)
+
+    def gather(self, answer: Tensor) -> None:
+        self.wire.answers[self.rank].put(answer)
 
 
-def make_engine(fsdp: int = 1, tp: int = 1, blocks: int = 60, heartbeat_s: float = 1000.0, tokenizer: Any = None, **options: Any) -> Engine:
+class Group(SingleRank):
+    """Ranks of a tp group, each in a thread of its own."""
+
+    def __init__(self, rank: int, parts: list[Tensor | None], barrier: Barrier) -> None:
+        self.rank, self.size, self.parts, self.barrier = rank, len(parts), parts, barrier
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        self.parts[self.rank] = tensor.clone()
+        self.barrier.wait(60)
+        tensor.copy_(torch.stack([part for part in self.parts if part is not None]).sum(0))
+        self.barrier.wait(60)
+        return tensor
+
+
+def make_engine(
+    fsdp: int = 1,
+    tp: int = 1,
+    blocks: int = 60,
+    heartbeat_s: float = 1000.0,
+    tokenizer: Any = None,
+    follow: bool = True,
+    **options: Any,
+) -> Engine:
+    """An engine, and workers that follow it unless somebody else reads what they are told."""
     limits = EngineOptions(**{"block_size": 4, "max_batch_tokens": 16, "max_sequences": 4, **options})
     wire = Wire(fsdp * tp)
     shape = MeshShape(1, fsdp, tp)
     runners = []
+    groups = [([None] * tp, Barrier(tp)) for _ in range(fsdp)]
     for rank in range(fsdp * tp):
-        control = wire if rank == 0 else Inbox(wire, rank)
-        mesh = SimpleNamespace(shape=shape, coordinates=shape.coordinates(rank), control=control, tp=SingleRank())
+        control, coordinates = wire if rank == 0 else Inbox(wire, rank), shape.coordinates(rank)
+        mesh = SimpleNamespace(shape=shape, coordinates=coordinates, control=control, tp=Group(coordinates.tp, *groups[coordinates.fsdp]))
         cache = KVCache(1, blocks, 1, limits.block_size, 1, torch.float32, torch.device("cpu"))
         runners.append(Runner(mesh, ContextModel(tp, rank % tp), cache, limits, LONGEST))  # type: ignore[arg-type]
     wire.workers = runners[1:]
     allocators = [BlockAllocator(blocks, limits.block_size, limits.prefix_cache) for _ in range(fsdp)]
     scheduler = Scheduler(limits, allocators, RopeRules(lambda length: 0))
-    return Engine(runners[0], scheduler, VOCAB, LONGEST, (EOS,), tokenizer, heartbeat_s, bool(limits.overlap))
+    engine = Engine(runners[0], scheduler, VOCAB, LONGEST, (EOS,), tokenizer, heartbeat_s, bool(limits.overlap))
+    if follow:
+        for rank in range(1, wire.size):
+            Thread(target=wire.follow, args=(rank,), daemon=True).start()
+        weakref.finalize(engine, wire.end)
+    return engine
 
 
 def run(engine: Engine, requests: list[Request]) -> dict[str, Result]:

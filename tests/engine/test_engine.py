@@ -132,7 +132,7 @@ def test_a_request_without_finite_logits_fails_alone(way: dict[str, Any]) -> Non
 
 
 def launches(engine: Engine) -> list[Step]:
-    """The steps that `engine` will send in two parts, as they leave: plans and launches."""
+    """The steps that `engine` will send, as they leave."""
     sent: list[Step] = []
     execute = engine.runner.execute
 
@@ -144,19 +144,23 @@ def launches(engine: Engine) -> list[Step]:
     return sent
 
 
-def test_the_plan_of_a_step_leaves_before_its_tokens_are_known() -> None:
+@pytest.mark.parametrize("filtered", [False, True])
+def test_the_plan_of_a_step_leaves_before_its_tokens_are_known(filtered: bool) -> None:
     engine = make_engine(overlap=True)
     sent = launches(engine)
-    requests = [Request(str(i), [20 + i], SamplingParams(max_tokens=3, ignore_eos=True)) for i in range(3)]
+    kinds = [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5} if filtered else {"temperature": 0.5, "logit_bias": {9: 5.0}}]
+    requests = [Request(str(i), [20 + i], SamplingParams(max_tokens=3, ignore_eos=True, **kinds[i]), seed=i) for i in range(3)]
     results = run(engine, requests)
     tokens = [results[request.id].outputs[0].token_ids for request in requests]
-    kinds = [step.kind for step in sent]
-    assert kinds == [Kind.PLAN, Kind.LAUNCH, *[Kind.PLAN, Kind.LAUNCH] * 2, Kind.PLAN]
-    plans, decided = [step.spans for step in sent[::2]], [step.decided for step in sent[1::2]]
+    launch = [Kind.PLAN, Kind.LAUNCH] if filtered else [Kind.CONTINUE]
+    assert [step.kind for step in sent] == [Kind.CONTINUE, *launch * 2, Kind.PLAN]
+    plans = [step.spans for step in sent if step.kind != Kind.LAUNCH]
     assert [[span.tokens for span in plan] for plan in plans] == [[[20], [21], [22]], [[DECIDED]] * 3, [[DECIDED]] * 3, []]
-    assert decided == [[], [*(t[0] for t in tokens), 0], [*(t[1] for t in tokens), 0]]
+    decided = [step.decided for step in sent if step.kind == Kind.LAUNCH]
+    assert decided == ([[*(t[0] for t in tokens), 0], [*(t[1] for t in tokens), 0]] if filtered else [])
     # All are known to end with their third token: no fourth is computed, and the last plan is empty.
     assert engine.statistics.decode_tokens == 9
+    assert tokens == [alone(request, 0) for request in requests]
 
 
 def test_a_stop_found_late_costs_one_row() -> None:
@@ -165,7 +169,7 @@ def test_a_stop_found_late_costs_one_row() -> None:
     first = alone(Request("", [20], SamplingParams(max_tokens=1)), 0)[0]
     results = run(engine, [Request("a", [20], SamplingParams(stop_token_ids=[first])), Request("b", [21], SamplingParams(max_tokens=4))])
     assert results["a"].outputs[0].token_ids == [first] and results["a"].outputs[0].finish_reason == "stop"
-    assert [len(step.spans) for step in sent if step.kind == Kind.PLAN] == [2, 2, 1, 1, 0]
+    assert [len(step.spans) for step in sent] == [2, 2, 1, 1, 0]
     assert engine.runner.execute(Step(Kind.PLAN)) is None  # nothing is left being computed
 
 
@@ -244,30 +248,30 @@ def test_steps_of_any_size_travel() -> None:
 
 
 def test_what_workers_hear_when_there_is_nothing_to_compute() -> None:
-    engine = make_engine(tp=2)
+    engine = make_engine(tp=2, follow=False)
     worker, inbox = engine.runner.mesh.control.workers[0], engine.runner.mesh.control.received[1]  # type: ignore[attr-defined]
     engine.release()
-    assert not inbox  # nobody is following yet
+    assert inbox.empty()  # nobody is following yet
     engine.resume()
     engine.release()
     engine.release()
-    assert worker.receive().kind == Kind.RELEASE and not inbox
+    assert worker.receive().kind == Kind.RELEASE and inbox.empty()
     engine.resume()
     engine.close("out of memory")
     step = worker.receive()
-    assert (step.kind, step.message) == (Kind.ERROR, "out of memory") and not inbox
+    assert (step.kind, step.message) == (Kind.ERROR, "out of memory") and inbox.empty()
     engine.close()
-    assert not inbox
+    assert inbox.empty()
 
 
 def test_an_idle_leader_says_that_it_is_alive() -> None:
-    engine = make_engine(tp=2, heartbeat_s=0.01)
+    engine = make_engine(tp=2, heartbeat_s=0.01, follow=False)
     worker, inbox = engine.runner.mesh.control.workers[0], engine.runner.mesh.control.received[1]  # type: ignore[attr-defined]
     engine.resume()
     assert engine.runner.mesh.control.spoke.wait(30)  # type: ignore[attr-defined]
     assert worker.receive().kind == Kind.HEARTBEAT
     engine.close()
     kinds = set()
-    while inbox:
+    while not inbox.empty():
         kinds.add(worker.receive().kind)
     assert Kind.STOP in kinds and kinds <= {Kind.STOP, Kind.HEARTBEAT}

@@ -269,7 +269,7 @@ def test_collectives_are_those_that_are_made(ranks: Ranks, tmp_path: Path, famil
         assert {key: count for key, count in made.items() if key not in messages} == {
             key: count for key, count in predicted.items() if key not in messages
         }
-        # The end of the call is a message too, and with overlap the first and the last step have one of their own.
+        # The end of the call is a message too, and with overlap so is that of the last step.
         assert 0 < sum(made[key] for key in messages) - sum(predicted[key] for key in messages) <= (2 if overlap else 1)
         assert len(messages) == 1
 

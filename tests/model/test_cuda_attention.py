@@ -109,6 +109,7 @@ from triton.compiler import ASTSource
 from dist_infer.model import cuda_attention, cuda_kernels
 from dist_infer.sampling import cuda_noise
 
+ALIGNED = [["tt.divisibility", 16]]  # as torch's memory and strides are; so tiles can be on their way while others are worked at
 INTEGERS = {"kv_heads", "heads", "spans", "size", "q_stride", "out_stride", "table_stride", "first_token"}
 INDICES = {"offsets", "contexts", "tables", "groups"}
 HEAD = {"head_dim": 128, "padded_dim": 128}
@@ -139,10 +140,14 @@ for kernel, constants in VARIANTS:
     signature = {name: "constexpr" if name in constants else kind(name) for name in kernel.arg_names}
     if kernel is cuda_noise._add_gumbel:
         signature |= {"scaled": "*fp32", "out": "*fp32", "keys": "*i64"}
-    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    made = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=values), target=GPUTarget("cuda", 90, 32))
-    assert made.metadata.shared < 99 << 10, kernel
-    print(kernel.__name__, len(made.asm["cubin"]))
+    place = kernel.arg_names.index
+    values = {(place(name),): value for name, value in constants.items()}
+    attrs = {(place(name),): ALIGNED for name, of in signature.items() if of[0] == "*" or (name.endswith("stride") and name[0] != "t")}
+    for stages, room in ((cuda_kernels.MOST_STAGES, cuda_kernels.AMPLE), (cuda_kernels.MOST_STAGES - 1, 99 << 10)):
+        source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attrs)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_stages": stages})
+        assert made.metadata.shared <= room, (kernel, stages, made.metadata.shared)
+        print(kernel.__name__, stages, made.metadata.shared, len(made.asm["cubin"]))
 """
 
 
@@ -151,4 +156,4 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 8
+    assert len(done.stdout.splitlines()) == 16

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_infer.distributed.collectives import SingleRank
 from dist_infer.model.batch import Batch, TokenSpan
 from dist_infer.model.cache import KVCache
 from dist_infer.model.config import ModelConfig
-from dist_infer.model.cuda_graphs import DecodeGraphs, cuda_recorder
+from dist_infer.model.cuda_graphs import DecodeGraphs, Recording, cuda_recorder
 from dist_infer.model.rotary import Rotary
 
 BLOCK, WIDTH, BLOCKS, SLICE = 4, 3, 40, 5
@@ -40,16 +41,27 @@ class Echo:
         for first in range(0, len(logits), SLICE):
             reduce(logits[first : first + SLICE], first)
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """A replay that does the work again."""
+    def record(self, work: Callable[[], None]) -> Again:
+        """What does the work again."""
         work()
         self.eager.pop()
+        return Again(work, self.eager)
 
-        def replay() -> None:
-            work()
-            self.eager.pop()
 
-        return replay
+class Again:
+    """A recording that runs the work itself."""
+
+    def __init__(self, work: Callable[[], None], eager: list[int]) -> None:
+        self.work, self.eager, self.there = work, eager, True
+
+    def replay(self) -> None:
+        """Once more, which is no eager run."""
+        self.work()
+        self.eager.pop()
+
+    def reset(self) -> None:
+        """Is gone."""
+        self.there = False
 
 
 CONFIG = ModelConfig(
@@ -124,28 +136,31 @@ def test_other_steps_are_left_to_the_decoder() -> None:
 
 
 def test_a_graph_is_recorded_once_a_bucket() -> None:
-    echo, cache, recorded = Echo(), new_cache(), []
+    echo, cache = Echo(), new_cache()
+    recorded: list[Again] = []
 
-    def record(work: Callable[[], None]) -> Callable[[], None]:
-        recorded.append(work)
-        return echo.record(work)
+    def record(work: Callable[[], None]) -> Recording:
+        recorded.append(echo.record(work))
+        return recorded[-1]
 
     graphs = DecodeGraphs(echo, cache, 12, WIDTH, CPU, record)
     for rows in (1, 2, 3, 4, 3, 9, 12, 1):
         logits_of(graphs, batch_of([1] * rows, rows), cache)
     assert len(recorded) == 4
+    graphs.close()
+    assert not any(recording.there for recording in recorded)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_cuda_graph_reads_its_inputs_anew() -> None:
     device = torch.device("cuda")
-    record = cuda_recorder(device)
+    record = cuda_recorder(device, SingleRank())
     given, found = torch.ones(4, device=device), torch.empty(4, device=device)
 
     def double() -> None:
         found.copy_(given * 2)
 
-    replay = record(double)
+    recording = record(double)
     given.fill_(5)
-    replay()
+    recording.replay()
     assert found.tolist() == [10.0] * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ pytest.importorskip("triton")
 from dist_infer.distributed.collectives import SingleRank
 from dist_infer.model.batch import Batch, TokenSpan
 from dist_infer.model.config import ModelConfig
-from dist_infer.model.cuda_graphs import DecodeGraphs, cuda_recorder
+from dist_infer.model.cuda_graphs import DecodeGraphs, Recorder, Recording, cuda_recorder
 from dist_infer.model.cuda_kernels import CudaKernels
 from dist_infer.model.decoder import Decoder
 from dist_infer.model.rotary import rotate
@@ -115,14 +116,14 @@ def run(decoder: Decoder, forward: Callable[..., None] | None = None) -> list[Te
     return found
 
 
-def recorder() -> Callable[[Callable[[], None]], Callable[[], None]]:
+def recorder() -> Recorder:
     """Of CUDA graphs; without a GPU a replay is running again."""
 
-    def again(work: Callable[[], None]) -> Callable[[], None]:
+    def again(work: Callable[[], None]) -> Recording:
         work()
-        return work
+        return SimpleNamespace(replay=work, reset=lambda: None)
 
-    return cuda_recorder(DEVICE) if DEVICE.type == "cuda" else again
+    return cuda_recorder(DEVICE, SingleRank()) if DEVICE.type == "cuda" else again
 
 
 @pytest.mark.parametrize("traits", TRAITS)

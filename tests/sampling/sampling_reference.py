@@ -13,7 +13,7 @@ from dist_infer.model.weights import cut
 from dist_infer.sampling.noise import gumbel, row_keys
 from dist_infer.sampling.sampler import Decisions, decide, resolve
 from dist_infer.sampling.slots import Rows, SlotParams, SlotTable
-from dist_infer.sampling.summary import SummaryLayout, summarize
+from dist_infer.sampling.summary import HeldRows, SummaryLayout, summarize
 
 
 def reference_token(logits: Tensor, p: SlotParams, position: int, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> int:
@@ -50,6 +50,30 @@ def reference_token(logits: Tensor, p: SlotParams, position: int, prompt: Sequen
     return min(kept, key=lambda t: (-(x[t] + np.float32(noise[t])), t))
 
 
+def summarize_sharded(
+    logits: Tensor,
+    params: Sequence[SlotParams],
+    positions: Sequence[int],
+    shards: int,
+    prompts: Sequence[Sequence[int]] | None = None,
+    outputs: Sequence[Sequence[int]] | None = None,
+    targets: Sequence[int] | None = None,
+) -> tuple[SummaryLayout, list[Tensor], list[HeldRows]]:
+    """What `shards` ranks say of rows [R, V], and keep of them."""
+    count, vocab = logits.shape
+    layout = SummaryLayout.for_rows([SlotParams.unpack(p.pack()) for p in params], targets is not None)
+    summaries, held = [], []
+    for start, stop in (cut(vocab, shards, i) for i in range(shards)):
+        table = SlotTable(count, start, stop - start, "cpu")
+        for slot, p in enumerate(params):
+            table.admit(slot, p, prompts[slot] if prompts else (), outputs[slot] if outputs else ())
+        summary, rows = summarize(logits[:, start:stop].clone(), layout, Rows(range(count), positions, targets), table)
+        assert summary.shape == (count, layout.width)
+        summaries.append(summary)
+        held.append(rows)
+    return layout, summaries, held
+
+
 def run_sharded(
     logits: Tensor,
     params: Sequence[SlotParams],
@@ -60,21 +84,10 @@ def run_sharded(
     targets: Sequence[int] | None = None,
 ) -> tuple[list[int], Decisions]:
     """Tokens of rows [R, V] as `shards` ranks and a leader decide them, and the decisions before `resolve`."""
-    count, vocab = logits.shape
-    layout = SummaryLayout.for_rows([SlotParams.unpack(p.pack()) for p in params], targets is not None)
-    slices = [cut(vocab, shards, i) for i in range(shards)]
-    summaries, held = [], []
-    for start, stop in slices:
-        table = SlotTable(count, start, stop - start, "cpu")
-        for slot, p in enumerate(params):
-            table.admit(slot, p, prompts[slot] if prompts else (), outputs[slot] if outputs else ())
-        summary, rows = summarize(logits[:, start:stop].clone(), layout, Rows(range(count), positions, targets), table)
-        assert summary.shape == (count, layout.width)
-        summaries.append(summary)
-        held.append(rows)
+    layout, summaries, held = summarize_sharded(logits, params, positions, shards, prompts, outputs, targets)
     decisions = decide(layout, summaries, params, positions, targets)
     tokens = list(decisions.tokens)
-    sizes = [stop - start for start, stop in slices]
+    sizes = [rows.processed.shape[1] for rows in held]
     parts = [rows.take(decisions.unresolved, max(sizes))[:, :, :size] for rows, size in zip(held, sizes, strict=True)]
     full = torch.cat(parts, dim=2)
     for row, planes in zip(decisions.unresolved, full, strict=True):
