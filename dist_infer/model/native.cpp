@@ -800,7 +800,6 @@ void draw(const Drawn* drawn, int64_t first_token, float* noised, int64_t* index
 // A packed matrix: panels of 32 outputs, in each the inputs two by two, [panels, pairs, PANEL] pairs of bfloat16. Of a *gated* one a panel is
 // 16 outputs of the gate, the upper half of the matrix, and the same 16 of what it is multiplied with.
 constexpr int64_t PANEL = 2 * WIDTH;
-constexpr int64_t PART = 256;  // pairs of inputs that one thread packs at a time
 constexpr int64_t TILE = 12;   // rows whose sums fill the registers
 constexpr int FEW = 5;         // rows whose products take no longer than a line takes from memory to the nearest cache
 
@@ -884,33 +883,28 @@ void pack_in_place(bfloat16* weight, int64_t outputs, int64_t inputs, bool gated
     }
 }
 
-// Of `rows` rows of x the pairs from `pair` to `end`, to their places in [pairs, rows].
-void pack_rows(const bfloat16* x, int64_t inputs, int64_t rows, int64_t pair, int64_t end, uint32_t* packed) {
-    for (; pair + WIDTH <= end && 2 * (pair + WIDTH) <= inputs; pair += WIDTH) {
-        Ints block[WIDTH] = {};
-        for (int64_t row = 0; row < rows; row++) memcpy(&block[row], x + row * inputs + 2 * pair, sizeof block[row]);
-        transpose(block);
-        for (int i = 0; i < WIDTH; i++) _mm512_mask_storeu_epi32(packed + (pair + i) * rows, (1 << rows) - 1, (__m512i)block[i]);
-    }
-    for (; pair < end; pair++)
-        for (int64_t row = 0; row < rows; row++) packed[pair * rows + row] = pair_of(x + row * inputs, pair, inputs);
-}
+typedef uint32_t Pair __attribute__((aligned(2), may_alias));  // two neighbouring inputs of a row
 
-// `rows` packed rows of x times one panel. Memory is asked for the panel `near` words ahead, into the nearest cache, and for `far`, into the
-// one behind it: `stride` words for each pair, unless rows are few.
+// `rows` rows of x, `x_stride` pairs apart, times one panel. Memory is asked for the panel `near` words ahead (0: not), into the nearest cache,
+// and for `far`, into the one behind it: `stride` words for each pair, unless rows are few.
 template <int rows, bool gated>
-void multiply_tile(const uint32_t* x, const uint32_t* panel, int64_t pairs, int64_t near, const uint32_t* far, int64_t stride, const float* bias,
-                   bfloat16* y, int64_t y_stride, int64_t columns) {
+void multiply_tile(const Pair* x, int64_t x_stride, const uint32_t* panel, int64_t pairs, int64_t near, const uint32_t* far, int64_t stride,
+                   const float* bias, bfloat16* y, int64_t y_stride, int64_t columns) {
     Lanes sums[rows][2];
     for (int row = 0; row < rows; row++) sums[row][0] = load(bias), sums[row][1] = load(bias + WIDTH);
-    for (int64_t pair = 0; pair < pairs; pair++, panel += PANEL, x += rows, far += stride) {
-        __builtin_prefetch(panel + near);
-        __builtin_prefetch(panel + near + WIDTH);
+    // Four pointers and a distance reach all rows: more of them would not stay in registers.
+    const Pair *x0 = x, *x1 = x + (rows > 1) * x_stride, *x2 = x + (rows > 2) * 2 * x_stride, *x3 = x + (rows > 3) * 3 * x_stride;
+    int64_t down = 4 * x_stride;
+    for (int64_t pair = 0; pair < pairs; pair++, panel += PANEL, x0++, x1++, x2++, x3++, far += stride) {
+        asm("" : "+r"(x0), "+r"(x1), "+r"(x2), "+r"(x3), "+r"(down));
+        const Pair* const first[4] = {x0, x1, x2, x3};
+        if (near) __builtin_prefetch(panel + near), __builtin_prefetch(panel + near + WIDTH);
         if (rows > FEW)
             for (int64_t word = 0; word < stride; word += WIDTH) __builtin_prefetch(far + word, 0, 2);
         for (int row = 0; row < rows; row++) {
-            sums[row][0] = add_products(sums[row][0], panel, x[row]);
-            sums[row][1] = add_products(sums[row][1], panel + WIDTH, x[row]);
+            uint32_t both = first[row % 4][row / 4 * down];
+            sums[row][0] = add_products(sums[row][0], panel, both);
+            sums[row][1] = add_products(sums[row][1], panel + WIDTH, both);
         }
     }
     for (int row = 0; row < rows; row++, y += y_stride) {
@@ -923,7 +917,7 @@ void multiply_tile(const uint32_t* x, const uint32_t* panel, int64_t pairs, int6
     }
 }
 
-typedef void (*Tile)(const uint32_t*, const uint32_t*, int64_t, int64_t, const uint32_t*, int64_t, const float*, bfloat16*, int64_t, int64_t);
+typedef void (*Tile)(const Pair*, int64_t, const uint32_t*, int64_t, int64_t, const uint32_t*, int64_t, const float*, bfloat16*, int64_t, int64_t);
 template <bool gated>
 const Tile TILES_OF[TILE] = {multiply_tile<1, gated>, multiply_tile<2, gated>,  multiply_tile<3, gated>,  multiply_tile<4, gated>,
                              multiply_tile<5, gated>, multiply_tile<6, gated>,  multiply_tile<7, gated>,  multiply_tile<8, gated>,
@@ -945,56 +939,44 @@ struct Group {
     int64_t size(int64_t tile) const { return begin(tile + 1) - begin(tile); }
 };
 
-// `most` rows of x at a time are packed, into the scratch, which stays in the cache while the panels pass by. It has room for two groups: who
-// is done with a group's panels packs rows of the next one.
-template <bool gated> void multiply(const bfloat16* x, const Matrix& matrix, bfloat16* y, uint32_t* scratch, int64_t rows) {
+// `most` rows of x at a time stay in the cache while the panels pass by; nobody waits for others before all is done.
+template <bool gated> void multiply(const bfloat16* x, const Matrix& matrix, bfloat16* y, int64_t rows) {
     const uint32_t* packed = matrix.packed;
     const bfloat16* bias = matrix.bias;
     int64_t outputs = matrix.outputs, inputs = matrix.inputs, most = matrix.most;
     constexpr int64_t wide = gated ? WIDTH : PANEL;  // results of a panel
-    int64_t pairs = (inputs + 1) / 2, parts = (pairs + PART - 1) / PART;
-    int64_t width = gated ? outputs / 2 : outputs, panels = (width + wide - 1) / wide;
-    auto group_at = [=](int64_t first) { return Group(first, std::max(int64_t(0), std::min(most, rows - first))); };
-    auto packed_of = [=](const Group& group) { return scratch + group.first / most % 2 * most * pairs; };
-    auto pack = [=](const Group& group, int64_t item) {
-        int64_t tile = item / parts, from = item % parts * PART;
-        pack_rows(x + (group.first + group.begin(tile)) * inputs, inputs, group.size(tile), from, std::min(from + PART, pairs),
-                  packed_of(group) + group.begin(tile) * pairs);
-    };
+    int64_t pairs = (inputs + 1) / 2, width = gated ? outputs / 2 : outputs, panels = (width + wide - 1) / wide;
+    std::vector<uint32_t> even;  // rows of an odd number of inputs, and a zero
+    if (inputs % 2) {
+        even.resize(rows * pairs);
+        for (int64_t row = 0; row < rows; row++) memcpy(even.data() + row * pairs, x + row * inputs, inputs * sizeof(bfloat16));
+    }
+    const Pair* rows_of_pairs = inputs % 2 ? (const Pair*)even.data() : (const Pair*)x;
 #pragma omp parallel
-    {
-        const Group start = group_at(0);
-#pragma omp for
-        for (int64_t item = 0; item < start.tiles * parts; item++) pack(start, item);
-        for (int64_t first = 0; first < rows; first += most) {
-            const Group group = group_at(first), later = group_at(first + most);
-            const uint32_t* rows_packed = packed_of(group);
+    for (int64_t first = 0; first < rows; first += most) {
+        const Group group(first, std::min(most, rows - first));
 #pragma omp for schedule(guided, 2) nowait
-            for (int64_t panel = 0; panel < panels; panel++) {
-                const uint32_t *this_one = packed + panel * pairs * PANEL, *next = this_one + pairs * PANEL;
-                float added[PANEL] = {};
-                for (int64_t column = 0; bias && column < PANEL; column++) {
-                    int64_t output = panel * wide + column % wide;
-                    if (output >= width) continue;
-                    uint32_t bits = (uint32_t)bias[output + column / wide * width].bits << 16;
-                    memcpy(added + column, &bits, sizeof bits);
-                }
-                for (int64_t tile = 0; tile < group.tiles; tile++) {
-                    int64_t begin = group.begin(tile), size = group.size(tile), near = 16 * PANEL, stride = 0;
-                    const uint32_t* far = nullptr;
-                    // Each half of the next panel.
-                    if (group.tiles > 1 && tile < 2 && panel + 1 < panels) far = next + tile * pairs * WIDTH, stride = WIDTH;
-                    // A lone tile runs at the speed of memory, which the nearest cache alone keeps up only while the products are soon done.
-                    if (group.tiles == 1 && size <= FEW) near = 64 * PANEL;
-                    if (group.tiles == 1 && size > FEW) near = 0, far = this_one + 64 * PANEL, stride = PANEL;
-                    TILES_OF<gated>[size - 1](rows_packed + begin * pairs, this_one, pairs, near, far, stride, added,
-                                              y + (first + begin) * width + panel * wide, width, width - panel * wide);
-                }
+        for (int64_t panel = 0; panel < panels; panel++) {
+            const uint32_t *this_one = packed + panel * pairs * PANEL, *next = this_one + pairs * PANEL;
+            float added[PANEL] = {};
+            for (int64_t column = 0; bias && column < PANEL; column++) {
+                int64_t output = panel * wide + column % wide;
+                if (output >= width) continue;
+                uint32_t bits = (uint32_t)bias[output + column / wide * width].bits << 16;
+                memcpy(added + column, &bits, sizeof bits);
             }
-            if (!later.count) break;
-#pragma omp for schedule(dynamic) nowait
-            for (int64_t item = 0; item < later.tiles * parts; item++) pack(later, item);
-#pragma omp barrier  // all of the next group is packed, and nobody reads this one any more
+            for (int64_t tile = 0; tile < group.tiles; tile++) {
+                // The first tile brings the panel near for all.
+                int64_t begin = group.begin(tile), size = group.size(tile), near = tile ? 0 : 16 * PANEL, stride = 0;
+                const uint32_t* far = nullptr;
+                // Each half of the next panel.
+                if (group.tiles > 1 && tile < 2 && panel + 1 < panels) far = next + tile * pairs * WIDTH, stride = WIDTH;
+                // A lone tile runs at the speed of memory, which the nearest cache alone keeps up only while the products are soon done.
+                if (group.tiles == 1 && size <= FEW) near = 64 * PANEL;
+                if (group.tiles == 1 && size > FEW) near = 0, far = this_one + 64 * PANEL, stride = PANEL;
+                TILES_OF<gated>[size - 1](rows_of_pairs + (first + begin) * pairs, pairs, this_one, pairs, near, far, stride, added,
+                                          y + (first + begin) * width + panel * wide, width, width - panel * wide);
+            }
         }
     }
 }
@@ -1018,7 +1000,6 @@ struct Step {
     const Layer* layers;
     const Reads* reads;
     bfloat16 *x, *delta, *normed, *qkv, *mixed, *gated;  // [tokens, ...]
-    uint32_t* scratch;
     const int64_t* slots;
     const int32_t *offsets, *contexts, *tables;
     int64_t tokens, hidden, block_size, spans, table_width;
@@ -1060,26 +1041,25 @@ struct Segment {
 void attention_half(const Layer& layer, const Reads& reads, const Step& s, const bfloat16* delta, bfloat16* to) {
     int64_t width = (layer.heads + 2 * layer.kv_heads) * layer.head_dim, mixed = layer.heads * layer.head_dim;
     add_rms_norm(s.x, delta, layer.attention_norm, s.normed, s.tokens, s.hidden, layer.attention_eps, layer.attention_offset);
-    multiply<false>(s.normed, layer.qkv, s.qkv, s.scratch, s.tokens);
+    multiply<false>(s.normed, layer.qkv, s.qkv, s.tokens);
     rotate_and_cache(s.qkv, reads.cos, reads.sin, layer.q_norm, layer.k_norm, layer.head_eps, layer.head_offset, s.slots, reads.keys, reads.values,
                      s.tokens, layer.heads, layer.kv_heads, layer.head_dim, reads.rotated, s.block_size);
     paged_attention(s.qkv, s.mixed, reads.keys, reads.values, s.offsets, s.contexts, s.tables, layer.groups, s.spans, layer.kv_heads, layer.head_dim,
                     width, mixed, s.block_size, s.table_width, layer.window, layer.scale, layer.softcap);
-    multiply<false>(s.mixed, layer.output, to, s.scratch, s.tokens);
+    multiply<false>(s.mixed, layer.output, to, s.tokens);
 }
 
 void mlp_half(const Layer& layer, const Step& s, bfloat16* to) {
     add_rms_norm(s.x, s.delta, layer.mlp_norm, s.normed, s.tokens, s.hidden, layer.mlp_eps, layer.mlp_offset);
-    multiply<true>(s.normed, layer.gate_up, s.gated, s.scratch, s.tokens);
-    multiply<false>(s.gated, layer.down, to, s.scratch, s.tokens);
+    multiply<true>(s.normed, layer.gate_up, s.gated, s.tokens);
+    multiply<false>(s.gated, layer.down, to, s.tokens);
 }
 
 // Add `delta` to rows of `x`, normalize the sum, and multiply it; the results, in bfloat16 as elsewhere, come as float32.
-void logits(bfloat16* x, const bfloat16* delta, const bfloat16* norm, float eps, float offset, const Matrix& head, uint32_t* scratch, float* out,
-            int64_t rows) {
+void logits(bfloat16* x, const bfloat16* delta, const bfloat16* norm, float eps, float offset, const Matrix& head, float* out, int64_t rows) {
     std::unique_ptr<bfloat16[]> normed(new bfloat16[rows * head.inputs]), products(new bfloat16[rows * head.outputs]);
     add_rms_norm(x, delta, norm, normed.get(), rows, head.inputs, eps, offset);
-    multiply<false>(normed.get(), head, products.get(), scratch, rows);
+    multiply<false>(normed.get(), head, products.get(), rows);
     int64_t size = rows * head.outputs;
 #pragma omp parallel for
     for (int64_t i = 0; i < size; i += WIDTH) store(out + i, load(products.get() + i, size - i), size - i);
@@ -1120,12 +1100,12 @@ extern "C" void pack_in_place_bfloat16(bfloat16* weight, int64_t outputs, int64_
     pack_in_place(weight, outputs, inputs, gated);
 }
 extern "C" void logits_bfloat16(bfloat16* x, const bfloat16* delta, const bfloat16* norm, float eps, float offset, const uint32_t* packed,
-                                uint32_t* scratch, float* out, int64_t rows, int64_t outputs, int64_t inputs, int64_t most) {
-    logits(x, delta, norm, eps, offset, {packed, nullptr, outputs, inputs, most}, scratch, out, rows);
+                                float* out, int64_t rows, int64_t outputs, int64_t inputs, int64_t most) {
+    logits(x, delta, norm, eps, offset, {packed, nullptr, outputs, inputs, most}, out, rows);
 }
-extern "C" void multiply_bfloat16(const bfloat16* x, const uint32_t* packed, const bfloat16* bias, bfloat16* y, uint32_t* scratch,
-                                  int64_t rows, int64_t outputs, int64_t inputs, int64_t most, bool gated) {
-    (gated ? multiply<true> : multiply<false>)(x, {packed, bias, outputs, inputs, most}, y, scratch, rows);
+extern "C" void multiply_bfloat16(const bfloat16* x, const uint32_t* packed, const bfloat16* bias, bfloat16* y, int64_t rows, int64_t outputs,
+                                  int64_t inputs, int64_t most, bool gated) {
+    (gated ? multiply<true> : multiply<false>)(x, {packed, bias, outputs, inputs, most}, y, rows);
 }
 #endif
 

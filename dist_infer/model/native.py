@@ -47,8 +47,8 @@ _NEAR = 1 << 19  # bytes of inputs that stay in a core's own cache while a packe
 _PRODUCTS = {
     "pack_matrix": [_POINTER] * 2 + [_INT] * 2 + [_BOOL],
     "pack_in_place": [_POINTER] + [_INT] * 2 + [_BOOL],
-    "multiply": [_POINTER] * 5 + [_INT] * 4 + [_BOOL],
-    "logits": [_POINTER] * 3 + [_FLOAT] * 2 + [_POINTER] * 3 + [_INT] * 4,
+    "multiply": [_POINTER] * 4 + [_INT] * 4 + [_BOOL],
+    "logits": [_POINTER] * 3 + [_FLOAT] * 2 + [_POINTER] * 2 + [_INT] * 4,
     "run_halves": [_POINTER] * 2 + [_BOOL] + [_INT] * 2,
 }
 
@@ -58,12 +58,10 @@ class Kernels:
 
     Attributes:
         can_multiply: Whether there are matrix products among them.
-        scratch: Where a product puts its packed inputs.
     """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self.can_multiply = hasattr(library, f"multiply_{NAMES[dtype]}")
-        self.scratch = torch.empty(0, dtype=torch.int32)
         for name, arguments in (_ARGUMENTS | _PRODUCTS if self.can_multiply else _ARGUMENTS).items():
             function = getattr(library, f"{name}_{NAMES[dtype]}")
             function.argtypes, function.restype = arguments, _INT if name == "run_halves" else None
@@ -78,11 +76,6 @@ class Kernels:
     _multiply: ctypes._NamedFuncPointer
     _logits: ctypes._NamedFuncPointer
     _run_halves: ctypes._NamedFuncPointer
-
-    def reserve(self, size: int) -> None:
-        """Let the scratch of products have `size` elements at least."""
-        if len(self.scratch) < size:
-            self.scratch = torch.empty(size, dtype=torch.int32)
 
     def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """Add `delta` to `x` [rows, size] in place, and normalize the sum; `offset` is added to the weight."""
@@ -206,13 +199,12 @@ class PackedMatrix:
         self.together = min(max(_NEAR // (2 * inputs) // _TILE, 1), 24) * _TILE
         self.address, self._kernels = self._packed.data_ptr(), kernels
         self._sizes = (outputs, inputs, self.together, gated)
-        kernels.reserve(2 * self.together * pairs)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [rows, inputs] times the weight, plus `bias` [outputs]: [rows, outputs]; if gated silu(gate) * up, half as wide."""
         x, kernels = x.contiguous(), self._kernels
         y = torch.empty(len(x), self._width, dtype=x.dtype)
-        kernels._multiply(x.data_ptr(), self.address, address(bias), y.data_ptr(), kernels.scratch.data_ptr(), x.shape[0], *self._sizes)
+        kernels._multiply(x.data_ptr(), self.address, address(bias), y.data_ptr(), x.shape[0], *self._sizes)
         return y
 
     def logits(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
@@ -220,7 +212,7 @@ class PackedMatrix:
         kernels, (outputs, inputs, together, gated) = self._kernels, self._sizes
         assert not gated and x.is_contiguous() and delta.is_contiguous()
         out = torch.empty(len(x), outputs)
-        pointers = (self.address, kernels.scratch.data_ptr(), out.data_ptr())
+        pointers = (self.address, out.data_ptr())
         kernels._logits(x.data_ptr(), delta.data_ptr(), weight.data_ptr(), eps, offset, *pointers, len(x), outputs, inputs, together)
         return out
 

@@ -48,7 +48,7 @@ class _Reads(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *((name, _POINTER) for name in ("layers", "reads", "x", "delta", "normed", "qkv", "mixed", "gated", "scratch")),
+        *((name, _POINTER) for name in ("layers", "reads", "x", "delta", "normed", "qkv", "mixed", "gated")),
         *((name, _POINTER) for name in ("slots", "offsets", "contexts", "tables")),
         *((name, _INT) for name in ("tokens", "hidden", "block_size", "spans", "table_width")),
     ]
@@ -109,7 +109,7 @@ class NativeBlocks:
         for reads, (cos, sin) in zip(made.reads, angles, strict=False):
             reads.cos, reads.sin, reads.rotated = cos.data_ptr(), sin.data_ptr(), cos.shape[-1]
         spans = plan.spans
-        step.x, step.slots, step.scratch = x.data_ptr(), plan.slots.data_ptr(), self._kernels.scratch.data_ptr()
+        step.x, step.slots = x.data_ptr(), plan.slots.data_ptr()
         step.offsets, step.contexts, step.tables = spans.pointers
         step.spans, step.table_width = spans.count, spans.width
         tp, half, end = self._tp, 0, 2 * len(angles)
