@@ -145,8 +145,6 @@ class Resident:
         self.end_prefetch()
         if hasattr(self, "shard"):
             del self.shard
-        if self._world.device.type == "cuda":
-            torch.cuda.empty_cache()  # others may want it
 
     def end_prefetch(self) -> None:
         """End the prefetch there may be."""

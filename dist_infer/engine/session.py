@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -336,6 +337,8 @@ class Session:
             self.runner.close()  # before process groups end: NCCL waits for graphs that hold its sums
         if hasattr(self, "resident"):
             self.resident.close()
+        if self.world.device.type == "cuda" and not failed:
+            torch.cuda.empty_cache()  # others may want the memory
         if hasattr(self, "mesh") and not failed:
             self.mesh.close()
         self.world.close(failed=failed)
