@@ -141,6 +141,8 @@ def _show_mesh(best: Forecast, options: Options) -> None:
             times = {part: getattr(step, part) for part in ("products", "attention", "reductions", "gathers", "host")}
             told = ", ".join(f"{part} {1e3 * value:,.3g}" for part, value in times.items() if value)
             print(f"{name:<9} {1e3 * step.total:,.3g} ms a step: {told}")
+    if best.fresh_s > best.load_s / 10:
+        print(f"loading   {best.load_s:,.3g} s in memory at hand, up to {best.fresh_s:,.3g} s more where a hypervisor must give it first")
     for one in best.traffic:
         print(f"traffic   {one.count} x {one.kind} over {one.axis} of {in_units(one.bytes)} ({one.what})")
     each = sum(one.count * one.bytes for one in best.traffic)

@@ -27,8 +27,8 @@ class Rates:
     flops: float
 
     def seconds(self, size: float, operations: float) -> float:
-        """The roofline: whichever takes longer, memory or arithmetic (Williams et al., 2009)."""
-        return max(size / self.bandwidth, operations / self.flops)
+        """The roofline (Williams et al., 2009) with its corner rounded: memory and arithmetic of like length hide each other in part."""
+        return math.hypot(size / self.bandwidth, operations / self.flops)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class Cluster:
         gather: All-gather of weights inside a machine.
         inter: Between machines.
         control: Seconds of one message from or to the leader inside a machine.
-        storage: Bytes/s a machine reads of a checkpoint, into memory that is given for it.
+        storage: Bytes/s a machine reads of a checkpoint, into memory that is at hand.
+        cut_storage: The same where ranks read a part each, whose tensors are smaller.
+        fresh: Bytes/s of memory that is not at hand but comes from a hypervisor; infinite where that costs nothing.
         packing: Bytes/s at which a machine reorders weights; infinite where it does not.
         layer_s: Least time of a layer.
         step_s: What a step takes beside the layers, on the host.
@@ -81,6 +83,8 @@ class Cluster:
     inter: Link
     control: float
     storage: float
+    cut_storage: float
+    fresh: float = math.inf
     packing: float = math.inf
     layer_s: float = 0.0
     step_s: float = 0.0
@@ -134,6 +138,7 @@ class Cluster:
             inter=inter,
             control=CONTROL_S,
             storage=1e9 * (given.storage_gb_s or 0),
+            cut_storage=1e9 * (given.storage_gb_s or 0),
             layer_s=1e-6 * (given.layer_us or 0),
             step_s=1e-6 * (given.step_us or 0),
         )

@@ -43,7 +43,8 @@ class Forecast:
         prefill_step: The largest step while prompts are read.
         decode_step: A step half-way through the outputs.
         first_token_s: Of a prompt that is alone.
-        load_s: From the files to weights in place.
+        load_s: From the files to weights in place, in memory that is at hand.
+        fresh_s: What that takes longer where a hypervisor must give the memory first.
         seconds: The whole workload, loading aside.
         traffic: Collectives of a decode step, or where there are none, of a prefill step.
         why: What limits it, in a sentence.
@@ -60,6 +61,7 @@ class Forecast:
     decode_step: StepTime
     first_token_s: float
     load_s: float
+    fresh_s: float
     seconds: float
     traffic: tuple[Collective, ...]
     why: str
@@ -120,7 +122,7 @@ class Planner:
         footprint = Footprint.of(held, shape, self.dtype, options.engine, cluster, memory, max(limit, 2), longest)
         nothing = StepTime(0, 0, 0, 0, 0, False)
         if footprint.missing:
-            return Forecast(shape, per_node, footprint, 0, 0, 0, 0, nothing, nothing, 0, 0, math.inf, (), footprint.why)
+            return Forecast(shape, per_node, footprint, 0, 0, 0, 0, nothing, nothing, 0, 0, 0, math.inf, (), footprint.why)
         coordinates = shape.replicas * shape.fsdp
         tokens = footprint.tokens(options.engine, shape.fsdp)
         queued = -(-work.sequences // coordinates)
@@ -149,6 +151,7 @@ class Planner:
             decode_step=decode_step,
             first_token_s=self._read(held, shape, per_node, 1)[0],
             load_s=self._load(shape, per_node, footprint.copies),
+            fresh_s=per_node * (footprint.weights + footprint.copies) / cluster.fresh,
             seconds=seconds,
             traffic=tuple(traffic),
             why=self._why(prefill_step, decode_step, read_s, per_batch, running < min(queued, options.engine.max_sequences)),
@@ -206,7 +209,8 @@ class Planner:
         copies = max(1, per_node // replica)
         packed = 0 if shape.fsdp > 1 else part * copies / self.cluster.packing
         into_memory = copies if self.cluster.kind == "cpu" else 1  # GPUs are filled beside each other
-        return (part * into_memory + kept_twice * per_node) / self.cluster.storage + packed
+        rate = self.cluster.storage if replica == 1 else self.cluster.cut_storage
+        return (part * into_memory + kept_twice * per_node) / rate + packed
 
     def _why(self, prefill: StepTime, decode: StepTime, read_s: float, whole_s: float, crowded: bool) -> str:
         """What most of the time goes to."""

@@ -7,6 +7,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -48,7 +49,9 @@ BLOCK_SIZE = 16
 DECODES, CONTEXT = 16, 512  # sequences, and the tokens each has, when attention is measured
 PREFILL = 1024  # tokens of the span whose attention is measured
 FEW_LAYERS = 2  # are enough where arithmetic takes long
-LOADS = 24  # of a small model, 1.5 GB; the later half counts, for a hypervisor gives the first 500 MB faster than the rest
+LOADS = 5  # of the probe, a gigabyte in bfloat16
+FRESH = 1 << 30  # bytes of memory that nobody used lately; the later half counts, as a hypervisor may still have some at hand
+READS = 50  # of all weights
 ROWS = 256  # of products that arithmetic limits
 SMALL, LARGE = 8 << 10, 1 << 20  # bytes of all-reduces
 NARROW, WIDE = 64, 8192  # outputs of the projection whose weight is gathered
@@ -66,8 +69,11 @@ def measure(dtype: torch.dtype, pack: bool, native: bool) -> Cluster:
     cores, memory = len(os.sched_getaffinity(0)), free_bytes(torch.device("cpu"), 1)
     shared = gathers = Link(math.inf, 0)
     with tempfile.TemporaryDirectory() as directory:
-        storage = _forked(1, _loading, directory, dtype)  # first, while memory is fresh, as it is to a model that is loaded
+        fresh = _forked(1, _freshness)  # first: what comes next has its memory from it
+        _forked(1, _saving, directory, dtype)
+        storage = cut_storage = _forked(1, _loading, 1, directory, dtype)
         if cores > 1:
+            cut_storage = _forked(2, _loading, 2, directory, dtype)
             shared, gathers = _forked(2, _links, directory, mmap.mmap(-1, segment_size(2)), dtype)
     with torch.inference_mode():
         probe, slight = _Probe(PROBE, dtype, native), _Probe(SLIGHT, dtype, native)
@@ -77,8 +83,12 @@ def measure(dtype: torch.dtype, pack: bool, native: bool) -> Cluster:
             packing = probe.pack()
             slight.pack()
             packed = probe.products()
+        found = [packed]  # at several moments: for seconds memory may give half of what it gives in the next
         layer_s, step_s = slight.host()
+        found.append(probe.products())
         attention = probe.attention(packed)
+        found.append(probe.products())
+        packed = Rates(*(statistics.median(getattr(one, name) for one in found) for name in ("bandwidth", "flops")))
     return Cluster(
         name="this machine",
         kind="cpu",
@@ -93,6 +103,8 @@ def measure(dtype: torch.dtype, pack: bool, native: bool) -> Cluster:
         inter=Link(math.inf, 0),
         control=max(CONTROL_S, shared.latency),
         storage=storage,
+        cut_storage=cut_storage,
+        fresh=fresh,
         packing=packing,
         layer_s=layer_s,
         step_s=step_s,
@@ -130,14 +142,14 @@ class _Probe:
     def products(self) -> Rates:
         """Of the projections alone: bandwidth with one row, arithmetic with many."""
         some = self.linears[: len(self.linears) * FEW_LAYERS // PROBE.layers]
-        read_s, computed_s = self._multiply(self.linears, 1), self._multiply(some, ROWS)
+        read_s, computed_s = self._multiply(self.linears, 1, READS), self._multiply(some, ROWS)
         operations = 2 * ROWS * sum(linear.inputs * linear.outputs for linear in some)
         return Rates(self.elements * self.dtype.itemsize / read_s, operations / computed_s)
 
-    def _multiply(self, linears: list[Linear], rows: int) -> float:
+    def _multiply(self, linears: list[Linear], rows: int, times: int = 15) -> float:
         """Seconds of products with `rows` rows."""
         inputs = [torch.ones(rows, linear.inputs, dtype=self.dtype) for linear in linears]
-        return _fastest(lambda: [linear(x) for linear, x in zip(linears, inputs, strict=True)])
+        return _usual(lambda: [linear(x) for linear, x in zip(linears, inputs, strict=True)], times)
 
     def host(self) -> tuple[float, float]:
         """Seconds of a layer, its products aside, and of a step beside its layers."""
@@ -145,7 +157,7 @@ class _Probe:
         times = []
         for layers in (PROBE.layers, FEW_LAYERS):
             with self._only(layers):
-                times.append(_fastest(lambda: self._step(cache, 1, 1, 8), 9))
+                times.append(_usual(lambda: self._step(cache, 1, 1, 8)))
         layer_s = max(0.0, (times[0] - times[1]) / (PROBE.layers - FEW_LAYERS))
         step_s = max(0.0, times[1] - FEW_LAYERS * layer_s)
         return max(0.0, layer_s - self._multiply(self.linears, 1) / PROBE.layers), step_s
@@ -153,11 +165,11 @@ class _Probe:
     def attention(self, most: Rates) -> Rates:
         """Bandwidth of many short contexts against long ones, arithmetic of short spans against a long one."""
         cache = self._cache(DECODES * CONTEXT)
-        short, long = (_fastest(lambda context=context: self._step(cache, DECODES, 1, context)) for context in (BLOCK_SIZE, CONTEXT))
+        short, long = (_usual(lambda context=context: self._step(cache, DECODES, 1, context)) for context in (BLOCK_SIZE, CONTEXT))
         read = DECODES * (CONTEXT - BLOCK_SIZE) * 2 * PROBE.kv_heads * PROBE.head_dim * self.dtype.itemsize * PROBE.layers
         with self._only(FEW_LAYERS):
             count = 16
-            many, one = (_fastest(lambda n=n: self._step(cache, n, PREFILL // n, PREFILL // n), 2) for n in (count, 1))
+            many, one = (_usual(lambda n=n: self._step(cache, n, PREFILL // n, PREFILL // n), 3) for n in (count, 1))
         scores = (PREFILL**2 - PREFILL**2 // count) // 2
         operations = 4 * PROBE.heads * PROBE.head_dim * scores * FEW_LAYERS
         # Differences are noisy; no kernel is faster than products.
@@ -183,32 +195,53 @@ class _Probe:
         self.decoder.blocks, self.decoder.rotations = blocks, rotations
 
 
-def _fastest(call: Callable[[], object], times: int = 3) -> float:
-    """Seconds of the fastest of some calls, after one that is not counted."""
+def _usual(call: Callable[[], object], times: int = 15) -> float:
+    """Seconds of the call in the middle of some, after one that is not counted.
+
+    The fastest would be what the machine gives in a moment without neighbours; a run lasts longer than that.
+    """
     call()
     found = []
     for _ in range(times):
         began = time.perf_counter()
         call()
         found.append(time.perf_counter() - began)
-    return min(found)
+    return statistics.median(found)
 
 
-def _loading(rank: int, directory: str, dtype: torch.dtype) -> float:
-    """Bytes/s of our loader, from the page cache into memory that is asked for while it reads."""
-    config = replace(PROBE, layers=FEW_LAYERS)
-    weights = list(describe(config))
-    tensors = {piece.name: torch.ones(piece.shape, dtype=dtype) for weight in weights for piece in weight.pieces}
-    save_file(tensors, Path(directory, "model.safetensors"))
-    checkpoint, filled, read, began = open_checkpoint(directory), [], 0, 0.0
-    for count in range(LOADS):
-        if count == LOADS // 2:
-            read, began = 0, time.perf_counter()
+def _freshness(rank: int) -> float:
+    """Bytes/s of what memory that nobody used lately costs, beside what any memory costs."""
+    size = FRESH // 2 // torch.float32.itemsize
+    first, second = huge_pages.zeros((size,), torch.float32), huge_pages.zeros((size,), torch.float32)
+    times = []
+    first.fill_(1)
+    for _ in range(2):
+        began = time.perf_counter()
+        second.fill_(1)
+        times.append(time.perf_counter() - began)
+        del second
+        second = huge_pages.zeros((size,), torch.float32)
+    return second.nbytes / max(times[0] - times[1], 1e-9)
+
+
+def _saving(rank: int, directory: str, dtype: torch.dtype) -> None:
+    """Write the model that `_loading` reads."""
+    pieces = [piece for weight in describe(PROBE) for piece in weight.pieces]
+    save_file({piece.name: torch.ones(piece.shape, dtype=dtype) for piece in pieces}, Path(directory, "model.safetensors"))
+
+
+def _loading(rank: int, ranks: int, directory: str, dtype: torch.dtype) -> float:
+    """Bytes/s of our loader in all ranks, as tp cuts the model, from the page cache into memory that is at hand."""
+    weights = list(describe(PROBE, ranks, rank))
+    checkpoint, filled, rates = open_checkpoint(directory), [], []
+    for _ in range(LOADS):
         destinations = {weight.parameter: torch.empty(weight.shape, dtype=dtype) for weight in weights}
         huge_pages.prefer(destinations.values())
-        read += load(checkpoint, config, weights, 1, 0, destinations, LoaderOptions()).bytes_requested
-        filled.append(destinations)
-    return read / (time.perf_counter() - began)
+        began = time.perf_counter()
+        read = load(checkpoint, PROBE, weights, 1, 0, destinations, LoaderOptions()).bytes_requested
+        rates.append(ranks * read / (time.perf_counter() - began))
+        filled.append(destinations)  # so that the next one has memory of its own
+    return statistics.median(rates)
 
 
 def _links(rank: int, directory: str, segment: mmap.mmap, dtype: torch.dtype) -> tuple[Link, Link]:
@@ -258,7 +291,7 @@ def _all_reduces(communicator: SharedMemory) -> Link:
     times = []
     for size in (SMALL, LARGE):
         tensor = torch.zeros(size // 2, dtype=torch.bfloat16)
-        times.append(_fastest(lambda tensor=tensor: [communicator.all_reduce(tensor) for _ in range(20)], 5) / 20)
+        times.append(_usual(lambda tensor=tensor: [communicator.all_reduce(tensor) for _ in range(20)]) / 20)
     bandwidth = (LARGE - SMALL) / max(times[1] - times[0], 1e-9)
     return Link(bandwidth, max(0.0, times[0] - SMALL / bandwidth))
 
@@ -270,9 +303,9 @@ def _gathers(rank: int, store: str, dtype: torch.dtype) -> Link:
         x = torch.ones(1, inputs, dtype=dtype)
         for outputs in (NARROW, WIDE):
             linear = nn.Linear(inputs, outputs, bias=False, dtype=dtype)
-            alone = _fastest(lambda linear=linear: linear(x))
+            alone = _usual(lambda linear=linear: linear(x))
             fully_shard(linear, mesh=mesh, reshard_after_forward=True)
-            times.append(_fastest(lambda linear=linear: linear(x), 5) - alone)
+            times.append(_usual(lambda linear=linear: linear(x)) - alone)
     dist.destroy_process_group()
     size = inputs * (WIDE - NARROW) * dtype.itemsize / 2  # what either rank receives
     bandwidth = size / max(times[1] - times[0], 1e-9)

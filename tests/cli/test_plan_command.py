@@ -121,7 +121,7 @@ def test_this_machine_is_measured() -> None:
     for rates in (found.products, found.gathered_products, found.attention):
         assert 1e6 < rates.bandwidth < 1e12 and 1e7 < rates.flops < 1e14
     assert found.kind == "cpu" and found.nodes == 1 and found.memory > 0
-    assert 0 <= found.layer_s < 1 and 0 <= found.step_s < 1 and found.storage > 1e6
+    assert 0 <= found.layer_s < 1 and 0 <= found.step_s < 1 and found.storage > 1e6 and found.fresh > 1e6
 
 
 @pytest.mark.parametrize(

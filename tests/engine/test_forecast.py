@@ -49,6 +49,7 @@ CLUSTER = Cluster(
     inter=Link(1e8, 1e-5),
     control=1e-5,
     storage=1e9,
+    cut_storage=5e8,
 )
 BF16 = torch.bfloat16
 
@@ -146,7 +147,10 @@ def test_a_step_by_hand() -> None:
     """One token of one sequence that has 10: every weight of layers and head is read once, and so are keys and values."""
     layer = (9 + 2 * 3) * 8 * 64 + 72 * 64 + 3 * 128 * 64 + 2 * 64
     activations = 3 * (8 * 64 + 2 * (9 + 2 * 3) * 8 + 3 * 128)
-    found = time_of(CONFIG, MeshShape(1, 1, 1), [Spans(1, 1, 10)], replace(CLUSTER, layer_s=1e-4, step_s=1e-3))
+    reading = Rates(1e9, math.inf)
+    found = time_of(
+        CONFIG, MeshShape(1, 1, 1), [Spans(1, 1, 10)], replace(CLUSTER, products=reading, attention=reading, layer_s=1e-4, step_s=1e-3)
+    )
     assert found.products == pytest.approx(2 * (3 * layer + 1000 * 64 + activations) / 1e9)
     assert found.attention == pytest.approx(3 * 10 * 2 * 3 * 8 * 2 / 1e9)
     assert (found.reductions, found.gathers, found.arithmetic) == (0, 0, False)
@@ -160,9 +164,11 @@ def test_many_rows_are_limited_by_arithmetic() -> None:
     held = TensorCut.of(CONFIG, 1)
     activations = 200 * 3 * (8 * 64 + 2 * (9 + 2 * 3) * 8 + 3 * 128)
     assert found.arithmetic
-    # One row of logits, which memory limits.
-    assert found.products == pytest.approx((2 * 200 * held.dense + 2 * held.head + 2 * activations) / 1e9)
-    assert found.attention == pytest.approx(3 * 4 * 9 * 8 * (200 * 201 // 2) / 1e9)
+    # One row of logits: memory takes as long as arithmetic, so the corner's root of two.
+    products = math.hypot(2 * held.dense, 2 * 200 * held.dense) + math.sqrt(2) * 2 * held.head + 2 * activations
+    assert found.products == pytest.approx(products / 1e9)
+    read, scores = 3 * 200 * 2 * 3 * 8 * 2, 3 * 4 * 9 * 8 * (200 * 201 // 2)
+    assert found.attention == pytest.approx(math.hypot(read, scores) / 1e9)
 
 
 def test_experts_that_a_batch_touches() -> None:
@@ -182,7 +188,8 @@ def test_experts_that_a_batch_touches() -> None:
 
 def test_kv_heads_are_repeated_when_tp_exceeds_them() -> None:
     assert [TensorCut.of(CONFIG, tp).kv_heads for tp in (1, 2, 3, 4, 9)] == [3, 2, 1, 2, 1]
-    at_3, at_9 = (time_of(CONFIG, MeshShape(1, 1, tp), [Spans(1, 1, 100)]) for tp in (3, 9))
+    reading = replace(CLUSTER, attention=Rates(1e9, math.inf))  # which the rank's query heads do not count in
+    at_3, at_9 = (time_of(CONFIG, MeshShape(1, 1, tp), [Spans(1, 1, 100)], reading) for tp in (3, 9))
     assert at_3.attention == at_9.attention
 
 
@@ -312,6 +319,7 @@ def test_a_workload_by_hand() -> None:
     assert one.prefill == pytest.approx(4 * 32 / one.prefill_step.total)
     assert one.decode == pytest.approx(4 / one.decode_step.total)
     assert one.load_s == pytest.approx(2 * TensorCut.of(CONFIG, 1).held(1) / 1e9)
+    assert one.fresh_s == 0
 
 
 def test_a_tied_head_that_is_kept_twice_is_loaded_twice() -> None:
@@ -322,7 +330,18 @@ def test_a_tied_head_that_is_kept_twice_is_loaded_twice() -> None:
         mesh = (f"parallel.tp={tp}", f"parallel.replicas={2 // tp}")
         packed, plain = planner(tied, cpu, *mesh).forecasts()[0], planner(tied, cpu, *mesh, "engine.pack_weights=false").forecasts()[0]
         assert packed.footprint.copies == 2 * 1000 * 64 // tp
-        assert packed.load_s - plain.load_s == pytest.approx(2 * packed.footprint.copies / cpu.storage)
+        rate = cpu.storage if tp == 1 else cpu.cut_storage
+        assert packed.load_s - plain.load_s == pytest.approx(2 * packed.footprint.copies / rate)
+
+
+def test_memory_that_a_hypervisor_must_give_is_told_apart() -> None:
+    """All that the ranks of a machine hold of the model, copies too; it is not part of the loading time."""
+    cpu = replace(CLUSTER, kind="cpu", nodes=1, devices=2, inter=Link(math.inf, 0))
+    slow = replace(cpu, fresh=1e8)
+    for mesh in (("parallel.tp=2",), ("parallel.replicas=2",)):
+        at_hand, one = (planner(replace(CONFIG, tied_head=True), cluster, *mesh).forecasts()[0] for cluster in (cpu, slow))
+        assert one.fresh_s == pytest.approx(2 * (one.footprint.weights + one.footprint.copies) / 1e8)
+        assert one.load_s == at_hand.load_s and at_hand.fresh_s == 0
 
 
 def test_long_prompts_are_read_in_chunks() -> None:
