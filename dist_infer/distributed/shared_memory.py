@@ -34,6 +34,7 @@ SPIN_CHECKS = 400  # of the flag before the first yield, about 20 us
 LENT_CHECKS = 20  # of compiled code to one of these
 YIELD_S = 1e-3  # how long to yield before sleeping
 SLEEP_S = 1.5e-4  # and the kernel adds 50 us
+IDLE_S, NAP_S = 1.0, 2e-3  # after so long nobody is in a hurry, and a rank without work should not take a tenth of a core
 
 
 class Segment(ctypes.Structure):
@@ -251,7 +252,7 @@ class SharedMemory(Communicator):
             if waited < YIELD_S:
                 os.sched_yield()
                 continue
-            time.sleep(SLEEP_S)
+            time.sleep(SLEEP_S if waited < IDLE_S else NAP_S)
             if waited > self.timeout_s:
                 late = [self._world_ranks[index // LINE] for index in self._peers if flags[index] < sequence]
                 names = ", ".join(map(str, late))
