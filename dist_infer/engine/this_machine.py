@@ -211,17 +211,15 @@ def _usual(call: Callable[[], object], times: int = 15) -> float:
 
 def _freshness(rank: int) -> float:
     """Bytes/s of what memory that nobody used lately costs, beside what any memory costs."""
-    size = FRESH // 2 // torch.float32.itemsize
-    first, second = huge_pages.zeros((size,), torch.float32), huge_pages.zeros((size,), torch.float32)
+    half = FRESH // 2
+    first = huge_pages.zeros((half,), torch.uint8).fill_(1)  # held, so that the next half is other memory
     times = []
-    first.fill_(1)
-    for _ in range(2):
+    for _ in range(2):  # the second time that memory has just been given back
         began = time.perf_counter()
-        second.fill_(1)
+        huge_pages.zeros((half,), torch.uint8).fill_(1)
         times.append(time.perf_counter() - began)
-        del second
-        second = huge_pages.zeros((size,), torch.float32)
-    return second.nbytes / max(times[0] - times[1], 1e-9)
+    del first
+    return half / max(times[0] - times[1], 1e-9)
 
 
 def _saving(rank: int, directory: str, dtype: torch.dtype) -> None:
