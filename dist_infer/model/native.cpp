@@ -44,12 +44,16 @@ inline Lanes load(const bfloat16* from) {
 }
 
 inline void store(bfloat16* to, Lanes x) {  // to nearest, ties to even
+#ifdef __AVX512BF16__
+    __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+#else
     Words bits = (Words)x;
     bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 #ifdef __AVX512F__
     Halves half = (Halves)_mm512_cvtepi32_epi16((__m512i)bits);
 #else
     Halves half = __builtin_convertvector(bits, Halves);
+#endif
 #endif
     memcpy(to, &half, sizeof half);
 }
@@ -296,10 +300,7 @@ inline Lanes add_products(Lanes sum, const uint32_t* units, uint32_t x) {
 
 inline void store_units(float* to, Lanes x) { store(to, x); }
 #ifdef __AVX512BF16__
-inline void store_units(uint32_t* to, Lanes x) {
-    __m256bh half = _mm512_cvtneps_pbh((__m512)x);
-    memcpy(to, &half, sizeof half);
-}
+inline void store_units(uint32_t* to, Lanes x) { store((bfloat16*)to, x); }
 #endif
 
 // Add to `sums` the products of rows of units, `stride` apart, with `columns` vectors for each unit, `width` apart. `meanwhile` is called for
@@ -890,8 +891,9 @@ typedef uint32_t Pair __attribute__((aligned(2), may_alias));  // two neighbouri
 template <int rows, bool gated>
 void multiply_tile(const Pair* x, int64_t x_stride, const uint32_t* panel, int64_t pairs, int64_t near, const uint32_t* far, int64_t stride,
                    const float* bias, bfloat16* y, int64_t y_stride, int64_t columns) {
-    Lanes sums[rows][2];
-    for (int row = 0; row < rows; row++) sums[row][0] = load(bias), sums[row][1] = load(bias + WIDTH);
+    Lanes sums[rows][2], added[2] = {load(bias), load(bias + WIDTH)};
+#pragma GCC unroll 12
+    for (int row = 0; row < rows; row++) sums[row][0] = added[0], sums[row][1] = added[1];
     // Four pointers and a distance reach all rows: more of them would not stay in registers.
     const Pair *x0 = x, *x1 = x + (rows > 1) * x_stride, *x2 = x + (rows > 2) * 2 * x_stride, *x3 = x + (rows > 3) * 3 * x_stride;
     int64_t down = 4 * x_stride;
@@ -901,20 +903,24 @@ void multiply_tile(const Pair* x, int64_t x_stride, const uint32_t* panel, int64
         if (near) __builtin_prefetch(panel + near), __builtin_prefetch(panel + near + WIDTH);
         if (rows > FEW)
             for (int64_t word = 0; word < stride; word += WIDTH) __builtin_prefetch(far + word, 0, 2);
+#pragma GCC unroll 12
         for (int row = 0; row < rows; row++) {
             uint32_t both = first[row % 4][row / 4 * down];
             sums[row][0] = add_products(sums[row][0], panel, both);
             sums[row][1] = add_products(sums[row][1], panel + WIDTH, both);
         }
     }
-    for (int row = 0; row < rows; row++, y += y_stride) {
-        if (gated) {
-            store(y, silu(sums[row][0]) * sums[row][1], columns);
-            continue;
-        }
-        store(y, sums[row][0], columns);
-        if (columns > WIDTH) store(y + WIDTH, sums[row][1], columns - WIDTH);
+    // What registers hold is not indexed by a variable, or it would go through memory, where it waits for the stores of the tile before.
+    constexpr int64_t wide = gated ? WIDTH : PANEL;
+    bfloat16 last[rows * wide], *to = columns < wide ? last : y;
+    int64_t to_stride = columns < wide ? wide : y_stride;
+#pragma GCC unroll 12
+    for (int row = 0; row < rows; row++, to += to_stride) {
+        if (gated) store(to, silu(sums[row][0]) * sums[row][1]);
+        else store(to, sums[row][0]), store(to + WIDTH, sums[row][1]);
     }
+    if (columns < wide)
+        for (int row = 0; row < rows; row++) memcpy(y + row * y_stride, last + row * wide, columns * sizeof(bfloat16));
 }
 
 typedef void (*Tile)(const Pair*, int64_t, const uint32_t*, int64_t, int64_t, const uint32_t*, int64_t, const float*, bfloat16*, int64_t, int64_t);
