@@ -259,43 +259,55 @@ template <class T> struct Units {
     typedef float Unit;
     static constexpr int64_t SIZE = 1;  // numbers in a unit
 };
-template <class T> inline Lanes units_of(const T* from, float) { return load(from); }
 template <class T> inline Lanes units_of(const T* from, int64_t count, float) { return load(from, count); }
-inline Lanes beside(Lanes row, Lanes, float) { return row; }
-template <class T> inline int64_t beside(const T*, const T*, int64_t, float*) { return 0; }
+inline Lanes repeated(float x) { return all(x); }
+// Vectors of units, each of SIZE rows' numbers: as many as those numbers fill.
+template <class T> inline void beside(const T* row, int64_t, Lanes* to, float) { to[0] = load(row); }
 inline Lanes add_products(Lanes sum, const float* units, float x) { return sum + load(units) * x; }
+inline Lanes add_products(Lanes sum, Lanes a, Lanes b, float) { return sum + a * b; }
+
+// 16 bytes, four times.
+inline Lanes repeated(const void* from) {
+#ifdef __AVX512F__
+    return (Lanes)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)from));
+#else
+    Lanes x;
+    for (int i = 0; i < 4; i++) memcpy((char*)&x + 16 * i, from, 16);
+    return x;
+#endif
+}
+inline Lanes four_units(const float* from, float) { return repeated(from); }
+inline Lanes four_units(const bfloat16* from, float) {
+    uint32_t four[4];
+    for (int i = 0; i < 4; i++) four[i] = (uint32_t)from[i].bits << 16;
+    return repeated(four);
+}
 
 #ifdef __AVX512BF16__
 template <> struct Units<bfloat16> {
     typedef uint32_t Unit;
     static constexpr int64_t SIZE = 2;
 };
-inline Lanes units_of(const bfloat16* from, uint32_t) { return load((const float*)from); }
 inline Lanes units_of(const bfloat16* from, int64_t count, uint32_t) {
     if (count >= 2 * WIDTH) return load((const float*)from);
     bfloat16 part[2 * WIDTH] = {};
     memcpy(part, from, count * sizeof(bfloat16));
     return load((const float*)part);
 }
-// Of two rows, each number beside the other row's.
-inline Lanes beside(Lanes row, Lanes next, uint32_t) { return (Lanes)(((Words)row >> 16) | (Words)next); }
-// The same of up to `count` numbers, as many as fill registers; returns how many.
-inline int64_t beside(const bfloat16* row, const bfloat16* next, int64_t count, uint32_t* to) {
+inline Lanes repeated(uint32_t x) { return (Lanes)_mm512_set1_epi32(x); }
+inline void beside(const bfloat16* row, int64_t stride, Lanes* to, uint32_t) {
     // Numbers of the first row, and of the second, by turns: from the first half of both, and from the other half.
     const __m512i turns = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,  //
                                            39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i others = _mm512_add_epi16(turns, _mm512_set1_epi16(WIDTH));
-    int64_t i = 0;
-    for (; i + 2 * WIDTH <= count; i += 2 * WIDTH) {
-        __m512i a = _mm512_loadu_si512(row + i), b = _mm512_loadu_si512(next + i);
-        _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(a, turns, b));
-        _mm512_storeu_si512(to + i + WIDTH, _mm512_permutex2var_epi16(a, others, b));
-    }
-    return i;
+    __m512i a = _mm512_loadu_si512(row), b = _mm512_loadu_si512(row + stride);
+    to[0] = (Lanes)_mm512_permutex2var_epi16(a, turns, b), to[1] = (Lanes)_mm512_permutex2var_epi16(a, others, b);
 }
 inline Lanes add_products(Lanes sum, const uint32_t* units, uint32_t x) {
     return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(units), (__m512bh)_mm512_set1_epi32(x));
 }
+inline Lanes add_products(Lanes sum, Lanes a, Lanes b, uint32_t) { return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+inline Lanes four_units(const bfloat16* from, uint32_t) { return repeated(from); }
 #endif
 
 inline void store_units(float* to, Lanes x) { store(to, x); }
@@ -303,63 +315,96 @@ inline void store_units(float* to, Lanes x) { store(to, x); }
 inline void store_units(uint32_t* to, Lanes x) { store((bfloat16*)to, x); }
 #endif
 
-// Add to `sums` the products of rows of units, `stride` apart, with `columns` vectors for each unit, `width` apart. `meanwhile` is called for
-// each unit.
-template <int rows, int columns, class Unit, class Meanwhile>
-__attribute__((always_inline)) inline void add_product(const Unit* x, int64_t stride, const Unit* packed, int64_t width, int64_t units,
-                                                       Lanes* sums, int64_t sums_stride, Meanwhile meanwhile) {
-    Lanes part[rows][columns];
-    for (int row = 0; row < rows; row++)
-        for (int column = 0; column < columns; column++) part[row][column] = sums[row * sums_stride + column];
-    for (int64_t unit = 0; unit < units; unit++, packed += width) {
-        meanwhile();
-        for (int row = 0; row < rows; row++)
-            for (int column = 0; column < columns; column++)
-                part[row][column] = add_products(part[row][column], packed + column * WIDTH, x[row * stride + unit]);
+// Of four vectors, each of four rows' four parts, the sums of the parts: row by row, a number of each vector.
+inline Lanes add_parts(Lanes a, Lanes b, Lanes c, Lanes d) {
+#ifdef __AVX512F__
+    __m512 ab = _mm512_unpacklo_ps((__m512)a, (__m512)b) + _mm512_unpackhi_ps((__m512)a, (__m512)b);
+    __m512 cd = _mm512_unpacklo_ps((__m512)c, (__m512)d) + _mm512_unpackhi_ps((__m512)c, (__m512)d);
+    __m512 low = (__m512)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), high = (__m512)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+    return (Lanes)(low + high);
+#else
+    const Lanes from[4] = {a, b, c, d};
+    Lanes sums;
+    for (int row = 0; row < 4; row++)
+        for (int i = 0; i < 4; i++) {
+            const Lanes& x = from[i];
+            sums[4 * row + i] = (x[4 * row] + x[4 * row + 2]) + (x[4 * row + 1] + x[4 * row + 3]);
+        }
+    return sums;
+#endif
+}
+
+// Four vectors, each of four numbers of four rows, become the rows.
+inline void transpose_fours(const Lanes* x, Lanes* rows, int64_t stride) {
+#ifdef __AVX512F__
+    __m512 ab[2] = {_mm512_shuffle_f32x4((__m512)x[0], (__m512)x[1], 0x44), _mm512_shuffle_f32x4((__m512)x[0], (__m512)x[1], 0xee)};
+    __m512 cd[2] = {_mm512_shuffle_f32x4((__m512)x[2], (__m512)x[3], 0x44), _mm512_shuffle_f32x4((__m512)x[2], (__m512)x[3], 0xee)};
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        rows[2 * half * stride] = (Lanes)_mm512_shuffle_f32x4(ab[half], cd[half], 0x88);
+        rows[(2 * half + 1) * stride] = (Lanes)_mm512_shuffle_f32x4(ab[half], cd[half], 0xdd);
     }
-    for (int row = 0; row < rows; row++)
-        for (int column = 0; column < columns; column++) sums[row * sums_stride + column] = part[row][column];
+#else
+    for (int row = 0; row < 4; row++)
+        for (int i = 0; i < WIDTH; i++) rows[row * stride][i] = x[i / 4][4 * row + i % 4];
+#endif
 }
 
 constexpr int64_t TILES = 4;             // tiles of 16 keys looked at together
 constexpr int64_t KEYS = TILES * WIDTH;  // they begin at multiples of their number, so a row's sums do not depend on the rows beside it
-constexpr int64_t TOGETHER = 4;          // rows whose sums fill the registers
+constexpr int64_t TOGETHER = 4;          // rows whose sums fill the registers, and whose parts a vector
+constexpr int64_t RUN = 8;               // keys that lie one after another
 constexpr int64_t MOST_ROWS = 64;        // queries times heads that share what is read of the cache
 constexpr float NOTHING = -1e30f;        // less than any score
+
+// Vectors that hold the sums of a head.
+template <class T> constexpr int64_t lanes_of(int64_t head_dim) {
+    constexpr int64_t size = Units<T>::SIZE;
+    return (head_dim + WIDTH * size - 1) / (WIDTH * size) * size;
+}
+
+// Keys or values that are looked at together: where each run of them is, and how far one is from the next; null where there are none.
+template <class T> struct Runs {
+    const T* at[KEYS / RUN];
+    int64_t stride[KEYS / RUN];
+};
 
 // What a thread works with; `lanes` vectors a head.
 template <class T> struct Scratch {
     typedef typename Units<T>::Unit Unit;
-    Lanes *scores, *mixed, *totals;           // [rows, TILES], [rows, lanes], [rows]
-    Unit *queries, *keys, *values, *weights;  // [rows, units], [units, KEYS], [KEYS in units, dims], [rows, KEYS in units]
-    float* greatest;                          // [rows]
+    Lanes *mixed, *totals;         // [rows, lanes], [rows]
+    Unit *queries, *weights;       // [fours of rows, quads, 4, 4], [rows, KEYS in units]
+    T *key_copies, *value_copies;  // [KEYS, dims]
+    float* greatest;               // [rows]
+    Runs<T> keys, values;
 
-    Scratch(int64_t rows, int64_t lanes) {
-        scores = (Lanes*)aligned_alloc(sizeof(Lanes), (rows * 2 * (TILES + lanes + 1) + 2 * KEYS * lanes) * sizeof(Lanes));
-        mixed = scores + rows * TILES, totals = mixed + rows * lanes;
-        queries = (Unit*)(totals + rows), keys = queries + rows * lanes * WIDTH, values = keys + KEYS * lanes * WIDTH;
-        weights = values + KEYS * lanes * WIDTH, greatest = (float*)(weights + rows * KEYS);
+    // `fours` of rows: each KV head has its own.
+    Scratch(int64_t rows, int64_t fours, int64_t lanes) {
+        mixed = (Lanes*)aligned_alloc(sizeof(Lanes), (rows * (lanes + TILES + 2) + (fours * TOGETHER + 2 * KEYS) * lanes) * sizeof(Lanes));
+        totals = mixed + rows * lanes, queries = (Unit*)(totals + rows), weights = queries + fours * TOGETHER * lanes * WIDTH;
+        key_copies = (T*)(weights + rows * KEYS), value_copies = key_copies + KEYS * lanes * WIDTH;
+        greatest = (float*)(value_copies + KEYS * lanes * WIDTH);
     }
-    ~Scratch() { free(scores); }
+    ~Scratch() { free(mixed); }
 };
 
-// Asks memory early for tokens of a head, at `places` of the cache. A core waits for some 20 lines at a time and then for the first of them, so
-// they are asked for one by one, between other work.
+// Where the tokens of a head lie that are looked at together, run by run; a run that is not there is that of another token.
 template <class T> struct Ahead {
-    const T *keys, *values;
-    const int64_t* places;
-    int64_t head_dim, token = 0, dim = 0;
+    const T *keys[KEYS / RUN], *values[KEYS / RUN];
 
-    // So many lines of the keys, and of the values.
-    void ask(int64_t lines) {
-        while (lines-- && token < KEYS && places[token] >= 0) {
-            __builtin_prefetch(keys + places[token] + dim, 0, 2);
-            __builtin_prefetch(values + places[token] + dim, 0, 2);
-            dim += 64 / (int64_t)sizeof(T);
-            if (dim >= head_dim) dim = 0, token++;
+    Ahead(const T* pool_of_keys, const T* pool_of_values, const int64_t* places) {
+        for (int64_t run = 0; run < KEYS / RUN; run++) {
+            int64_t place = places[run * RUN] < 0 ? places[0] : places[run * RUN];
+            keys[run] = pool_of_keys + place, values[run] = pool_of_values + place;
         }
     }
 };
+
+// Ask memory early for the two lines of a run that are its `pair`th. A core waits for some 20 lines at a time and then for the first of them, so
+// they are asked for bit by bit, between other work.
+template <class T> inline void ask(const T* run, int64_t pair) {
+    __builtin_prefetch((const char*)run + 128 * pair, 0, 2), __builtin_prefetch((const char*)run + 128 * pair + 64, 0, 2);
+}
 
 // A sequence in the cache.
 template <class T> struct Held {
@@ -377,86 +422,152 @@ template <class T> struct Held {
         for (; i < KEYS; i++) to[i] = -1;
     }
 
-    // Bring tokens into the scratch, zeros beyond the last: keys unit by unit, values key by key.
-    void read(const int64_t* at, int64_t tiles, int64_t lanes, Scratch<T>& s, Ahead<T>& ahead) const {
-        typedef typename Units<T>::Unit Unit;
-        constexpr int64_t size = Units<T>::SIZE;
-        int64_t units = (head_dim + size - 1) / size, dims = lanes * WIDTH;
-        for (int64_t key = 0; key < tiles * WIDTH; key += WIDTH) {
-            bool full = at[key + WIDTH - 1] >= 0;
-            for (int64_t unit = 0; unit < units; unit += WIDTH) {
-                ahead.ask(4);
-                Ints x[WIDTH];
-                if (full && unit + WIDTH <= units)
-#pragma GCC unroll 16
-                    for (int row = 0; row < WIDTH; row++) x[row] = (Ints)units_of(keys + at[key + row] + unit * size, Unit());
-                else
-                    for (int row = 0; row < WIDTH; row++)
-                        x[row] = at[key + row] < 0 ? Ints{} : (Ints)units_of(keys + at[key + row] + unit * size, head_dim - unit * size, Unit());
-                transpose(x);
-#pragma GCC unroll 16
-                for (int i = 0; i < WIDTH; i++) memcpy(s.keys + (unit + i) * KEYS + key, &x[i], sizeof x[i]);
-            }
-            for (int64_t row = key; row < key + WIDTH; row += size) {
-                int64_t dim = full && size > 1 ? beside(values + at[row], values + at[row + 1], head_dim, s.values + row / size * dims) : 0;
-                for (; dim < dims; dim += WIDTH) {
-                    auto value = [&](int64_t of) {
-                        if (full && dim + WIDTH <= head_dim) return load(values + at[of] + dim);
-                        return at[of] < 0 ? Lanes{} : load(values + at[of] + dim, head_dim - dim);
-                    };
-                    Lanes both = size == 1 ? value(row) : beside(value(row), value(row + 1), Unit());
-                    memcpy(s.values + row / size * dims + dim, &both, sizeof both);
-                }
-            }
+    // Where runs of `from` are that lie at `places`, whose numbers are looked at `width` at a time: in copies, `room` numbers each and zeros where
+    // there are none, unless all of a run lie together.
+    void find(const T* from, const int64_t* places, int64_t tiles, int64_t width, int64_t room, T* copies, Runs<T>& runs) const {
+        for (int64_t run = 0; run < tiles * WIDTH / RUN; run++, places += RUN, copies += RUN * room) {
+            runs.at[run] = places[0] < 0 ? nullptr : from + places[0], runs.stride[run] = head_dim;
+            if (places[0] < 0 || (places[RUN - 1] - places[0] == (RUN - 1) * head_dim && head_dim % width == 0)) continue;
+            memset(copies, 0, RUN * room * sizeof(T));
+            for (int64_t key = 0; key < RUN && places[key] >= 0; key++) memcpy(copies + key * room, from + places[key], head_dim * sizeof(T));
+            runs.at[run] = copies, runs.stride[run] = room;
         }
     }
 };
 
-// A row's scores become weights of the values, of which it sees `begin` to `end`; what was summed up before is brought to the scale of the
-// greatest score so far.
-template <class T>
-void weigh(int64_t row, int64_t first, int64_t tiles, int64_t begin, int64_t end, int64_t lanes, float scale, float softcap, Scratch<T>& s) {
-    Lanes *scores = s.scores + row * TILES, *mixed = s.mixed + row * lanes, most = all(NOTHING);
-    Ints at;
-    for (int i = 0; i < WIDTH; i++) at[i] = first + i;
-    bool whole = first >= begin && first + tiles * WIDTH <= end;
-    for (int64_t tile = 0; tile < tiles; tile++, at += WIDTH) {
-        scores[tile] *= scale;
-        if (softcap) scores[tile] = softcap - 2.0f * softcap / (exponential(scores[tile] * (2.0f / softcap)) + 1.0f);  // softcap * tanh
-        if (!whole) scores[tile] = (at < (int32_t)begin | at >= (int32_t)end) ? all(NOTHING) : scores[tile];
-        most = scores[tile] > most ? scores[tile] : most;
+// Of a run of keys the scores of some fours of rows, four keys a vector: two of every four of rows, whose first are `scores_stride` apart, as the
+// queries of one are `distance` from the next's.
+template <int fours, class T>
+__attribute__((always_inline)) inline void score(const typename Units<T>::Unit* queries, int64_t distance, const T* keys, int64_t stride,
+                                                 int64_t quads, Lanes* scores, int64_t scores_stride, const T* soon) {
+    typedef typename Units<T>::Unit Unit;
+    constexpr int64_t size = Units<T>::SIZE;
+    Lanes sums[fours][RUN] = {};
+    const T *k0 = keys, *k1 = keys + stride, *k2 = keys + 2 * stride, *k3 = keys + 3 * stride;
+    int64_t down = 4 * stride;
+    for (int64_t quad = 0; quad < quads; quad++, queries += WIDTH, k0 += 4 * size, k1 += 4 * size, k2 += 4 * size, k3 += 4 * size) {
+        ask(soon, quad);
+        const T* const first[4] = {k0, k1, k2, k3};
+#pragma GCC unroll 8
+        for (int key = 0; key < RUN; key++) {
+            Lanes units = four_units(first[key % 4] + key / 4 * down, Unit());
+#pragma GCC unroll 2
+            for (int four = 0; four < fours; four++)
+                sums[four][key] = add_products(sums[four][key], load((const float*)queries + four * distance), units, Unit());
+        }
     }
-    float top = largest(most);
-    if (top > s.greatest[row]) {
-        Lanes factor = exponential(all(s.greatest[row] - top));
-        for (int64_t i = 0; i < lanes; i++) mixed[i] *= factor;
-        s.totals[row] *= factor, s.greatest[row] = top;
-    }
-    for (int64_t tile = 0; tile < tiles; tile++) {
-        Lanes weight = exponential(scores[tile] - s.greatest[row]);
-        if (!whole) weight = scores[tile] == NOTHING ? Lanes{} : weight;
-        s.totals[row] += weight;
-        store_units(s.weights + (row * KEYS + tile * WIDTH) / Units<T>::SIZE, weight);
-    }
+#pragma GCC unroll 2
+    for (int four = 0; four < fours; four++)
+        for (int i = 0; i < 2; i++) {
+            const Lanes* of = sums[four] + 4 * i;
+            scores[four * scores_stride + i] = add_parts(of[0], of[1], of[2], of[3]);
+        }
 }
 
-template <int rows, class T>
-void attend_rows(int64_t row, int64_t first, int64_t tiles, int64_t units, int64_t lanes, const int64_t* begins, const int64_t* ends, float scale,
-                 float softcap, Scratch<T>& s, Ahead<T>& ahead) {
-    constexpr int64_t keys = KEYS / Units<T>::SIZE;
-    int64_t dims = lanes * WIDTH;
-    for (int64_t i = row * TILES; i < (row + rows) * TILES; i++) s.scores[i] = Lanes{};
-    auto meanwhile = [&] { ahead.ask(1); };
-    add_product<rows, TILES>(s.queries + row * dims, dims, s.keys, KEYS, units, s.scores + row * TILES, TILES, meanwhile);
-    for (int64_t i = row; i < row + rows; i++) {
-        weigh<T>(i, first, tiles, begins[i], ends[i], lanes, scale, softcap, s);
-        ahead.ask(10);
+// Add to `mixed` of rows the values of runs, by the rows' weights: `columns` vectors, from `lane` on.
+template <int rows, int columns, class T>
+void mix_values(int64_t row, int64_t runs, int64_t lane, int64_t lanes, const Scratch<T>& s, const Ahead<T>& ahead) {
+    typedef typename Units<T>::Unit Unit;
+    constexpr int64_t size = Units<T>::SIZE, keys = KEYS / size;
+    constexpr int64_t pairs = columns * WIDTH * size * (int64_t)sizeof(T) / 128;  // of lines, that a unit of all columns takes
+    const Unit* weights = s.weights + row * keys;
+    Lanes* mixed = s.mixed + row * lanes + lane;
+    Lanes sums[rows][columns];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int column = 0; column < columns; column++) sums[i][column] = mixed[i * lanes + column];
+    for (int64_t run = 0; run < runs && s.values.at[run]; run++) {
+        int64_t stride = s.values.stride[run];
+        const T *from = s.values.at[run] + lane * WIDTH, *soon = ahead.values[run] + lane * WIDTH * RUN;  // each pass asks for its share
+        for (int64_t unit = 0; unit < RUN / size; unit++, from += size * stride, weights++) {
+            for (int64_t pair = 0; pair < pairs; pair++) ask(soon, unit * pairs + pair);
+            Lanes values[columns];
+#pragma GCC unroll 4
+            for (int column = 0; column < columns; column += size) beside(from + column * WIDTH, stride, values + column, Unit());
+#pragma GCC unroll 8
+            for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+                for (int column = 0; column < columns; column++)
+                    sums[i][column] = add_products(sums[i][column], values[column], repeated(weights[i * keys]), Unit());
+        }
     }
-    int64_t lane = 0, used = tiles * WIDTH / Units<T>::SIZE;
-    for (; lane + 4 <= lanes; lane += 4)
-        add_product<rows, 4>(s.weights + row * keys, keys, s.values + lane * WIDTH, dims, used, s.mixed + row * lanes + lane, lanes, meanwhile);
-    for (; lane < lanes; lane++)
-        add_product<rows, 1>(s.weights + row * keys, keys, s.values + lane * WIDTH, dims, used, s.mixed + row * lanes + lane, lanes, meanwhile);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int column = 0; column < columns; column++) mixed[i * lanes + column] = sums[i][column];
+}
+
+// Rows' scores become weights of the values, of which each sees from its `begins` to its `ends`; what was summed up before is brought to the scale
+// of the greatest score so far.
+template <int rows, class T>
+void weigh(Lanes (*scores)[TILES], int64_t row, int64_t first, int64_t tiles, const int64_t* begins, const int64_t* ends, int64_t lanes, float scale,
+           float softcap, Scratch<T>& s) {
+    Lanes most[rows], totals[rows], greatest, before;
+    Ints at;
+    for (int i = 0; i < WIDTH; i++) at[i] = first + i;
+    bool whole = true;
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) {
+        most[i] = all(NOTHING), totals[i] = s.totals[row + i];
+        whole &= first >= begins[i] && first + tiles * WIDTH <= ends[i];
+    }
+    for (int64_t tile = 0; tile < tiles; tile++, at += WIDTH) {
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            Lanes score = scores[i][tile] * scale;
+            if (softcap) score = softcap - 2.0f * softcap / (exponential(score * (2.0f / softcap)) + 1.0f);  // softcap * tanh
+            if (!whole) score = (at < (int32_t)begins[i] | at >= (int32_t)ends[i]) ? all(NOTHING) : score;
+            most[i] = score > most[i] ? score : most[i], scores[i][tile] = score;
+        }
+    }
+    bool greater = false;
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) {
+        float top = largest(most[i]), was = s.greatest[row + i];
+        greater |= top > was, most[i] = all(top > was ? top : was), s.greatest[row + i] = top > was ? top : was;
+        greatest[i] = s.greatest[row + i], before[i] = was;
+    }
+    if (greater) {
+        Lanes factors = exponential(before - greatest);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            for (int64_t lane = 0; lane < lanes; lane++) s.mixed[(row + i) * lanes + lane] *= factors[i];
+            totals[i] *= factors[i];
+        }
+    }
+    for (int64_t tile = 0; tile < tiles; tile++) {
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            Lanes weight = exponential(scores[i][tile] - most[i]);
+            if (!whole) weight = scores[i][tile] == NOTHING ? Lanes{} : weight;
+            totals[i] += weight;
+            store_units(s.weights + ((row + i) * KEYS + tile * WIDTH) / Units<T>::SIZE, weight);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) s.totals[row + i] = totals[i];
+}
+
+// Rows of one KV head, of which `queries` are: whole fours, or the last ones.
+template <int rows, class T>
+void attend_rows(const typename Units<T>::Unit* queries, int64_t row, int64_t first, int64_t tiles, int64_t quads, int64_t lanes,
+                 const int64_t* begins, const int64_t* ends, float scale, float softcap, Scratch<T>& s, const Ahead<T>& ahead) {
+    constexpr int fours = (rows + TOGETHER - 1) / TOGETHER;
+    Lanes scores[fours * TOGETHER][TILES];
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        Lanes found[fours][4] = {};
+        for (int64_t half = 0; half < 2; half++) {
+            int64_t run = 2 * tile + half;
+            if (!s.keys.at[run]) break;
+            score<fours, T>(queries, quads * WIDTH, s.keys.at[run], s.keys.stride[run], quads, found[0] + 2 * half, 4, ahead.keys[run]);
+        }
+        for (int four = 0; four < fours; four++) transpose_fours(found[four], &scores[four * TOGETHER][tile], TILES);
+    }
+    weigh<rows, T>(scores, row, first, tiles, begins + row, ends + row, lanes, scale, softcap, s);
+    int64_t lane = 0, runs = tiles * WIDTH / RUN;
+    for (; rows <= TOGETHER && lane + 4 <= lanes; lane += 4) mix_values<rows, 4>(row, runs, lane, lanes, s, ahead);
+    for (; lane < lanes; lane += Units<T>::SIZE) mix_values<rows, Units<T>::SIZE>(row, runs, lane, lanes, s, ahead);
 }
 
 // A piece of work: tokens of a span, with the query heads of some KV heads.
@@ -476,10 +587,13 @@ template <class T> struct Job {
 };
 
 // Blockwise, each row's greatest score kept up as its keys pass by (FlashAttention). `next` is read after this piece.
-template <class T> void attend(const Job<T>& job, const Piece& piece, const Held<T>& held, const Piece& next, const Held<T>& next_held, Scratch<T>& s) {
+template <class T>
+void attend(const Job<T>& job, const Piece& piece, const Held<T>& held, const Piece& next, const Held<T>& next_held, Scratch<T>& s) {
+    const decltype(&attend_rows<1, T>) attend_some[] = {attend_rows<1, T>, attend_rows<2, T>, attend_rows<3, T>, attend_rows<4, T>,
+                                                        attend_rows<2 * TOGETHER, T>};
     typedef typename Units<T>::Unit Unit;
     constexpr int64_t size = Units<T>::SIZE;
-    int64_t head_dim = job.head_dim, lanes = (head_dim + WIDTH - 1) / WIDTH, units = (head_dim + size - 1) / size;
+    int64_t head_dim = job.head_dim, lanes = lanes_of<T>(head_dim), units = (head_dim + size - 1) / size, quads = (units + 3) / 4;
     int64_t base = job.groups[piece.head], rows = piece.count * (job.groups[piece.last_head] - base), begins[rows], ends[rows];
     const T* from[rows];
     T* to[rows];
@@ -492,11 +606,18 @@ template <class T> void attend(const Job<T>& job, const Piece& piece, const Held
                 ends[row] = piece.position + token + 1;
                 begins[row] = job.window && ends[row] > job.window ? ends[row] - job.window : 0;
             }
+    Unit* four = s.queries;
+    for (int64_t head = piece.head; head < piece.last_head; head++) {
+        int64_t begin = (job.groups[head] - base) * piece.count, end = (job.groups[head + 1] - base) * piece.count;
+        for (row = begin; row < end; row += TOGETHER, four += quads * WIDTH)
+            for (int64_t i = 0; i < TOGETHER; i++)
+                for (int64_t unit = 0; unit < units; unit += WIDTH) {
+                    Lanes x = row + i < end ? units_of(from[row + i] + unit * size, head_dim - unit * size, Unit()) : Lanes{};
+                    for (int64_t quad = unit / 4; quad < std::min(quads, unit / 4 + 4); quad++)
+                        memcpy(four + quad * WIDTH + 4 * i, (Unit*)&x + 4 * quad - unit, 4 * sizeof(Unit));
+                }
+    }
     for (row = 0; row < rows; row++) {
-        for (int64_t unit = 0; unit < units; unit += WIDTH) {
-            Lanes x = units_of(from[row] + unit * size, head_dim - unit * size, Unit());
-            memcpy(s.queries + row * lanes * WIDTH + unit, &x, sizeof x);
-        }
         s.totals[row] = Lanes{}, s.greatest[row] = NOTHING;
         for (int64_t i = 0; i < lanes; i++) s.mixed[row * lanes + i] = Lanes{};
     }
@@ -504,28 +625,29 @@ template <class T> void attend(const Job<T>& job, const Piece& piece, const Held
     held.places(piece.head, first, places[turn]);
     for (; first < stop; first += KEYS) {
         int64_t left = (stop - first + WIDTH - 1) / WIDTH, tiles = left < TILES ? left : TILES;
+        four = s.queries;
         for (int64_t head = piece.head; head < piece.last_head; head++, turn ^= 1) {
             bool here = head + 1 < piece.last_head || first + KEYS < stop;
             if (head + 1 < piece.last_head) held.places(head + 1, first, places[turn ^ 1]);
             else if (here) held.places(piece.head, first + KEYS, places[turn ^ 1]);
             else next_held.places(next.head, next.begin(job.window) / KEYS * KEYS, places[turn ^ 1]);
             const Held<T>& later = here ? held : next_held;
-            Ahead<T> ahead{later.keys, later.values, places[turn ^ 1], head_dim};
-            held.read(places[turn], tiles, lanes, s, ahead);
-            row = (job.groups[head] - base) * piece.count;
+            const Ahead<T> ahead(later.keys, later.values, places[turn ^ 1]);
+            held.find(held.keys, places[turn], tiles, 4 * size, lanes * WIDTH, s.key_copies, s.keys);
+            held.find(held.values, places[turn], tiles, WIDTH * size, lanes * WIDTH, s.value_copies, s.values);
             int64_t end = (job.groups[head + 1] - base) * piece.count;
-            for (; row < end && ends[row] <= first; row++) {}  // these see nothing here
-            for (; row + TOGETHER <= end; row += TOGETHER)
-                attend_rows<TOGETHER, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s, ahead);
-            if (end - row == 3) attend_rows<3, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s, ahead);
-            if (end - row == 2) attend_rows<2, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s, ahead);
-            if (end - row == 1) attend_rows<1, T>(row, first, tiles, units, lanes, begins, ends, job.scale, job.softcap, s, ahead);
-            ahead.ask(KEYS * lanes);
+            for (row = (job.groups[head] - base) * piece.count; row < end;) {
+                int64_t left = end - row, count = left < 2 * TOGETHER ? std::min(left, TOGETHER) : 2 * TOGETHER;
+                if (ends[row + count - 1] > first)  // else they see nothing here
+                    attend_some[std::min(count, TOGETHER + 1) - 1](four, row, first, tiles, quads, lanes, begins, ends, job.scale, job.softcap, s,
+                                                                   ahead);
+                row += count, four += (count + TOGETHER - 1) / TOGETHER * quads * WIDTH;
+            }
         }
     }
     for (row = 0; row < rows; row++) {
         float factor = 1.0f / sum(s.totals[row]);
-        for (int64_t i = 0; i < lanes; i++) store(to[row] + i * WIDTH, s.mixed[row * lanes + i] * factor, head_dim - i * WIDTH);
+        for (int64_t i = 0; i * WIDTH < head_dim; i++) store(to[row] + i * WIDTH, s.mixed[row * lanes + i] * factor, head_dim - i * WIDTH);
     }
 }
 
@@ -552,7 +674,8 @@ void paged_attention(const T* q, T* out, const T* keys, const T* values, const i
     int64_t count = pieces.size();
 #pragma omp parallel
     {
-        Scratch<T> scratch(std::max(together * most_heads, std::min(heads, 2 * MOST_ROWS)), (head_dim + WIDTH - 1) / WIDTH);
+        int64_t rows = std::max(together * most_heads, std::min(heads, 2 * MOST_ROWS));
+        Scratch<T> scratch(rows, rows / TOGETHER + kv_heads, lanes_of<T>(head_dim));
 #pragma omp for schedule(dynamic, spans > 3 ? 2 : 1)
         for (int64_t i = 0; i < count; i++) {
             const Piece& next = pieces[i + 1 < count ? i + 1 : i];
