@@ -423,11 +423,11 @@ template <class T> struct Held {
     }
 
     // Where runs of `from` are that lie at `places`, whose numbers are looked at `width` at a time: in copies, `room` numbers each and zeros where
-    // there are none, unless all of a run lie together.
+    // there are none, unless all of a run lie in one block.
     void find(const T* from, const int64_t* places, int64_t tiles, int64_t width, int64_t room, T* copies, Runs<T>& runs) const {
         for (int64_t run = 0; run < tiles * WIDTH / RUN; run++, places += RUN, copies += RUN * room) {
             runs.at[run] = places[0] < 0 ? nullptr : from + places[0], runs.stride[run] = head_dim;
-            if (places[0] < 0 || (places[RUN - 1] - places[0] == (RUN - 1) * head_dim && head_dim % width == 0)) continue;
+            if (places[0] < 0 || (places[RUN - 1] >= 0 && block_size % RUN == 0 && head_dim % width == 0)) continue;
             memset(copies, 0, RUN * room * sizeof(T));
             for (int64_t key = 0; key < RUN && places[key] >= 0; key++) memcpy(copies + key * room, from + places[key], head_dim * sizeof(T));
             runs.at[run] = copies, runs.stride[run] = room;

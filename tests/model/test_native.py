@@ -159,6 +159,24 @@ def test_a_span_reads_its_own_tokens_only() -> None:
     assert out.isnan().all(), "a NaN in the cache was lost"
 
 
+@needs_compiler
+@dtypes
+@pytest.mark.parametrize("blocks", [[5, 1, 7], [5, 6, 7], [7, 6, 5]])
+def test_small_blocks_lie_anywhere(dtype: torch.dtype, blocks: list[int]) -> None:
+    block_size, head_dim, context = 3, 32, 9
+    cache = KVCache(1, 9, 1, block_size, head_dim, dtype, CPU)
+    for seed, pool in enumerate((cache.keys[0], cache.values[0])):
+        pool.copy_(normal(*pool.shape, dtype=dtype, seed=seed))
+    q = normal(1, 2, head_dim, dtype=dtype, seed=2)
+    out = torch.empty_like(q)
+    plan = AttentionPlan([Span(0, 1, context, np.array(blocks, dtype=np.int32))], torch.tensor([blocks[-1] * block_size + 2]), block_size)
+    groups = torch.tensor([0, 2], dtype=torch.int32)
+    native(dtype).paged_attention(q, out, cache.keys[0], cache.values[0], plan.spans, groups, None, head_dim**-0.5)
+    keys, values = (pool[0][blocks, 0].reshape(context, head_dim).double() for pool in (cache.keys, cache.values))
+    expected = (q[0].double() @ keys.T * head_dim**-0.5).softmax(-1) @ values
+    torch.testing.assert_close(out[0].double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
 @pytest.mark.parametrize("compiler", ["/no/such/compiler", "false", "true"])
 def test_without_a_compiler_there_are_no_kernels(compiler: str, tmp_path: object) -> None:
     program = "import torch; from dist_infer.model.native import kernels; print(kernels(torch.float32))"
