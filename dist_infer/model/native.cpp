@@ -352,7 +352,7 @@ inline void transpose_fours(const Lanes* x, Lanes* rows, int64_t stride) {
 
 constexpr int64_t TILES = 4;             // tiles of 16 keys looked at together
 constexpr int64_t KEYS = TILES * WIDTH;  // they begin at multiples of their number, so a row's sums do not depend on the rows beside it
-constexpr int64_t TOGETHER = 4;          // rows whose sums fill the registers, and whose parts a vector
+constexpr int64_t TOGETHER = 4;          // rows whose parts fill a vector; so many, or twice as many, fill the registers with their sums
 constexpr int64_t RUN = 8;               // keys that lie one after another
 constexpr int64_t MOST_ROWS = 64;        // queries times heads that share what is read of the cache
 constexpr float NOTHING = -1e30f;        // less than any score
@@ -503,7 +503,7 @@ void mix_values(int64_t row, int64_t runs, int64_t lane, int64_t lanes, const Sc
 template <int rows, class T>
 void weigh(Lanes (*scores)[TILES], int64_t row, int64_t first, int64_t tiles, const int64_t* begins, const int64_t* ends, int64_t lanes, float scale,
            float softcap, Scratch<T>& s) {
-    Lanes most[rows], totals[rows], greatest, before;
+    Lanes most[rows], totals[rows], greatest = {}, before = {};  // the latter two hold a number for each row
     Ints at;
     for (int i = 0; i < WIDTH; i++) at[i] = first + i;
     bool whole = true;
